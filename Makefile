@@ -1,0 +1,53 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PROTOS := $(wildcard proto/farfault/v1/*.proto)
+
+.PHONY: demo test unit check bench proto native setup clean help
+
+help:
+	@echo "make demo   a real VM moves by post-copy on this machine"
+	@echo "make test   all tests, with real VMs where the machine allows"
+	@echo "make check  ruff, mypy --strict, import-linter, generated-code drift, C warnings"
+	@echo "make bench  measurements, as ratios in one run"
+	@echo "make proto  generate farfault.v1 from proto/"
+
+setup: $(VENV)/.installed native
+	@tests/setup-machine.sh
+
+demo: setup
+	@$(BIN)/farfault demo $(DEMO_FLAGS)
+
+test: setup check
+	@$(BIN)/pytest $(PYTEST_FLAGS)
+
+unit: setup
+	@$(BIN)/pytest --ignore=tests/e2e $(PYTEST_FLAGS)
+
+check: $(VENV)/.installed native
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy proto/farfault server/farfault_server client/farfault_client client/farfault_cli vmm_shim/farfault_shim vmm_shim/farfault_vmm
+	@$(BIN)/lint-imports
+
+bench: setup
+	@$(BIN)/farfault bench $(BENCH_FLAGS)
+
+# The virtual environment follows pyproject.toml.
+$(VENV)/.installed: pyproject.toml
+	@echo "==> virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+native: $(VENV)/.installed
+	@$(MAKE) --no-print-directory -C vmm_shim/preload
+
+proto: $(VENV)/.installed
+	@$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto $(PROTOS)
+	@echo "generated: $(PROTOS:.proto=_pb2.py)"
+
+clean:
+	@$(MAKE) --no-print-directory -C vmm_shim/preload clean
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,59 @@
+"""The command ``farfault``: a group whose subcommands are found by the entry points ``farfault.commands``."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+
+import click
+
+from farfault_cli import __version__
+from farfault_cli.errors import FarfaultError
+
+ENTRY_POINT_GROUP = "farfault.commands"
+
+
+class EntryPointGroup(click.Group):
+    """A group that imports a subcommand only when it is named, so that ``farfault probe`` loads no gRPC."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for entry in entry_points(group=ENTRY_POINT_GROUP, name=cmd_name):
+            command: click.Command = entry.load()
+            return command
+        return None
+
+
+@click.command(cls=EntryPointGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="farfault")
+def farfault() -> None:
+    """Move running VMs between hosts by post-copy.
+
+    The VM runs on the destination at once; each page it misses is fetched from the source's page server
+    on demand, ahead of the rest of memory.
+
+    \b
+    Try it:               farfault demo
+    What can this host?   farfault probe
+    Source host:          farfault serve --ram /dev/shm/vm.ram --qmp /run/vm.qmp
+    Destination host:     farfault migrate --source SOURCE:7777 ...
+
+    Exit codes: 0 done, 1 failed, 2 wrong use, 3 refused by preflight, 4 rolled back (source runs),
+    5 guest waits (nothing lost), 6 other side unreachable, 7 verification failed.
+    """
+
+
+def main() -> None:
+    """Entry point: runs the command; a FarfaultError becomes one message and its exit code."""
+    try:
+        farfault(standalone_mode=False)
+    except FarfaultError as error:
+        click.echo(f"farfault: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
