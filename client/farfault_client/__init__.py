@@ -1,0 +1,1 @@
+"""The destination side of Farfault: page client, fault engine, receive daemon, migrate."""
