@@ -1,0 +1,1 @@
+"""The page client: one lease on a page server, its streams, and coming back after a loss."""

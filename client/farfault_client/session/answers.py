@@ -1,0 +1,96 @@
+"""Between the engine's pages and the wire's ranges; an answer is verified here before anyone sees it. No I/O."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from farfault.v1 import pages_pb2 as pb
+from farfault_client.engine import Extent, ExtentResult, Fetch
+from farfault_shim.layout import Layout, PageIndex, PageRun
+
+import xxhash
+
+EXTENTS_MAX = 4096
+"""Extents in one answer; more is an error of the server."""
+
+
+class BadAnswerError(Exception):
+    """An answer that breaks the contract: it is thrown away whole and its pages are fetched again."""
+
+
+class Answer(NamedTuple):
+    """A verified answer.
+
+    Attributes:
+        extents: in the order of `data`.
+        data: the bytes of the DATA extents.
+        done: request ids answered in full.
+        refusals: names of the statuses of refused extents, e.g. ``NOT_FROZEN``.
+        server_queue_us, server_read_us: the server's own measure of its two stages.
+    """
+
+    extents: list[Extent]
+    data: bytes
+    done: tuple[int, ...]
+    refusals: tuple[str, ...]
+    server_queue_us: int
+    server_read_us: int
+
+
+def request_of(fetch: Fetch, layout: Layout) -> pb.FetchRequest:
+    """The wire form of a request."""
+    ranges = []
+    for run in fetch.runs:
+        region = layout.region_of_page(run.first)
+        ranges.append(
+            pb.PageRange(region=region.index, first_page=run.first - region.first_page, page_count=run.count)
+        )
+    return pb.FetchRequest(request_id=fetch.request_id, priority=int(fetch.priority), ranges=ranges)  # type: ignore[arg-type]
+
+
+_RESULTS = {pb.EXTENT_KIND_DATA: ExtentResult.DATA, pb.EXTENT_KIND_ZERO: ExtentResult.ZERO}
+
+
+def verify(batch: pb.PageBatch, layout: Layout, generation: int) -> Answer:
+    """Checks an answer: generation, ranges, length and checksum.
+
+    Raises:
+        BadAnswerError: with what is wrong; nothing of the answer may be used.
+    """
+    if batch.generation != generation:
+        raise BadAnswerError(f"memory generation {batch.generation} instead of {generation}: the source VM has run")
+    if len(batch.extents) > EXTENTS_MAX:
+        raise BadAnswerError(f"{len(batch.extents)} extents, more than {EXTENTS_MAX}")
+    extents: list[Extent] = []
+    refusals: list[str] = []
+    expected_bytes = 0
+    for extent in batch.extents:
+        result = _RESULTS.get(extent.kind, ExtentResult.REFUSED)
+        if extent.region >= len(layout.regions):
+            raise BadAnswerError(f"region {extent.region} of {len(layout.regions)}")
+        region = layout.regions[extent.region]
+        if extent.page_count < 1 or extent.first_page + extent.page_count > region.page_count:
+            raise BadAnswerError(
+                f"pages {extent.first_page}+{extent.page_count} of region {region.index}, which has {region.page_count}"
+            )
+        if result is ExtentResult.DATA:
+            expected_bytes += extent.page_count * region.page_size_bytes
+        elif result is ExtentResult.REFUSED:
+            refusals.append(_status_name(extent.kind))
+        run = PageRun(PageIndex(region.first_page + extent.first_page), extent.page_count)
+        extents.append(Extent(run, result))
+    data = batch.data
+    if len(data) != expected_bytes:
+        raise BadAnswerError(f"{len(data)} bytes of data for {expected_bytes} bytes of pages")
+    if data and xxhash.xxh3_64_intdigest(data) != batch.checksum:
+        raise BadAnswerError(f"checksum of {len(data)} bytes does not match")
+    return Answer(
+        extents, data, tuple(batch.done_request_ids), tuple(refusals), batch.server_queue_us, batch.server_read_us
+    )
+
+
+def _status_name(kind: int) -> str:
+    try:
+        return pb.ExtentKind.Name(kind).removeprefix("EXTENT_KIND_")  # type: ignore[arg-type]
+    except ValueError:
+        return f"status {kind}"
