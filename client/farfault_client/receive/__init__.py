@@ -1,0 +1,1 @@
+"""The receive daemon: VMMs attach on one side, a page server answers on the other."""

@@ -1,0 +1,65 @@
+"""A log-linear latency histogram of fixed size: 1 microsecond to 1000 seconds within 2 %."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass
+
+_PER_OCTAVE = 32
+_OCTAVES = 30
+"""2^30 us is 1073 s; longer values count in the last bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyFigures:
+    """Percentiles in microseconds; all 0 where nothing was observed."""
+
+    count: int
+    mean_us: float
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    max_us: float
+
+
+class LatencyHistogram:
+    """Counts durations. 7.5 KiB whatever the number of observations."""
+
+    def __init__(self) -> None:
+        self._buckets = array("Q", bytes(8 * _PER_OCTAVE * _OCTAVES))
+        self.count = 0
+        self.sum_us = 0.0
+        self.max_us = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Counts one duration; negative ones count as 0."""
+        us = max(0.0, seconds * 1e6)
+        self.count += 1
+        self.sum_us += us
+        self.max_us = max(self.max_us, us)
+        index = int(math.log2(us) * _PER_OCTAVE) if us > 1 else 0
+        self._buckets[min(index, len(self._buckets) - 1)] += 1
+
+    def percentile_us(self, share: float) -> float:
+        """The smallest bucket edge that at least `share` (0..1) of the observations do not exceed."""
+        if not self.count:
+            return 0.0
+        rank = max(1, math.ceil(share * self.count))
+        seen = 0
+        for index, count in enumerate(self._buckets):
+            seen += count
+            if seen >= rank:
+                return min(self.max_us, 2 ** ((index + 1) / _PER_OCTAVE))
+        return self.max_us
+
+    def figures(self) -> LatencyFigures:
+        mean = self.sum_us / self.count if self.count else 0.0
+        return LatencyFigures(
+            self.count,
+            mean,
+            self.percentile_us(0.50),
+            self.percentile_us(0.90),
+            self.percentile_us(0.99),
+            self.max_us,
+        )

@@ -1,0 +1,375 @@
+"""The pager of one VM: carries faults from an attached VMM to the engine, and pages from the session into memory.
+
+Everything here runs on the event loop and never awaits between reading the engine's state and changing
+it, so that no lock is needed. The decisions are the engine's and the classifier's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from farfault.v1 import pages_pb2 as pb
+from farfault_client.engine import EngineConfig, FaultEngine, Install, Priority, Waiter
+from farfault_client.receive.histogram import LatencyHistogram
+from farfault_client.session.answers import Answer, request_of
+from farfault_client.session.session import Lane, Session
+from farfault_shim.attach.listener import AttachedVmm, VcpuChannel
+from farfault_shim.attach.wire import Report, ReportKind, Verdict, VerdictKind
+from farfault_shim.exits.classifier import (
+    Complete,
+    Escalate,
+    ExitClassifier,
+    Fetch,
+    PassOn,
+    RawExit,
+    Retry,
+    SlotTable,
+    Then,
+)
+from farfault_shim.exits.page_tables import TABLE_BYTES, PageTableWalk
+from farfault_shim.install.installer import DrainEvents, FileInstaller, Installer, InstallResult, UffdInstaller
+from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
+from farfault_shim.uffd.userfaultfd import Fault, Removed
+
+logger = logging.getLogger(__name__)
+
+EVENTS_PER_WAKEUP_MAX = 1024
+"""userfaultfd events taken in one go before other work gets its turn."""
+DRAIN_ATTEMPTS_MAX = 64
+"""Times that one install is tried again after a userfaultfd event had to be read first."""
+BACKGROUND_RETRY_S = 0.002
+"""The background lane asks the engine again after this long when its window or cap was closed."""
+
+
+class VcpuKey(NamedTuple):
+    """Engine key of a vCPU that ended KVM_RUN and waits for a verdict."""
+
+    vcpu: int
+
+
+class PageKey(NamedTuple):
+    """Engine key of the threads that sleep in the kernel on one page of a blocking userfaultfd."""
+
+    page: PageIndex
+
+
+@dataclass(slots=True)
+class Pending:
+    """A verdict that a vCPU waits for."""
+
+    channel: VcpuChannel
+    seq: int
+    verdict: VerdictKind
+
+
+@dataclass(slots=True)
+class PagerStats:
+    """Counters since the start, for status and metrics."""
+
+    faults_by_source: dict[str, int] = field(default_factory=dict)
+    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
+    blocked_s_by_vcpu: dict[int, float] = field(default_factory=dict)
+    escalations: int = 0
+    passed: int = 0
+    populated: int = 0
+    starts: int = 0
+    preinstalled_pages: int = 0
+    wire_bytes: int = 0
+
+    def count(self, source: str) -> None:
+        self.faults_by_source[source] = self.faults_by_source.get(source, 0) + 1
+
+
+class Pager:
+    """Glue between engine, installer, VMM and session. It is the session's `SessionUser`.
+
+    Args:
+        layout: guest memory as the page server described it.
+        session: the lease; the pager starts nothing on it.
+        config: of the engine.
+    """
+
+    def __init__(self, layout: Layout, session: Session, config: EngineConfig | None = None) -> None:
+        self.layout = layout
+        self.session = session
+        self.engine = FaultEngine(layout, config)
+        self.stats = PagerStats()
+        self.finished = asyncio.Event()
+        self.stream_background = False
+        self._vmm: AttachedVmm | None = None
+        self._installer: Installer | None = None
+        self._classifier: ExitClassifier | None = None
+        self._pending: dict[int, Pending] = {}
+        self._tid_to_vcpu: dict[int, int] = {}
+        self._presence: list[tuple[set[PageIndex], asyncio.Future[None]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._background_timer: asyncio.TimerHandle | None = None
+
+    # ---- the VMM's side ------------------------------------------------------------------------
+
+    def attach(self, vmm: AttachedVmm) -> None:
+        """A VMM (or the same one again, after a restart of either side) handed its memory over.
+
+        Raises:
+            ValueError: its memory is not what the page server holds.
+        """
+        if vmm.layout != self.layout:
+            raise ValueError(
+                f"the VMM's memory {_sizes(vmm.layout)} is not what the page server holds, {_sizes(self.layout)}"
+            )
+        self._vmm = vmm
+        self._installer = _installer_of(vmm)
+        self._classifier = ExitClassifier(self.layout, lambda: SlotTable(vmm.slots()), self.engine.pages)
+        self._pending.clear()
+        for waiter in self.engine.waiting:
+            self.engine.forget(waiter.key)
+        if vmm.uffd is not None:
+            asyncio.get_running_loop().add_reader(vmm.uffd.fileno(), self._read_events)
+        vmm.start(self._reported)
+
+    def detach(self) -> None:
+        """The VMM is gone, or its connection is."""
+        if self._vmm is not None and self._vmm.uffd is not None:
+            asyncio.get_running_loop().remove_reader(self._vmm.uffd.fileno())
+        self._vmm = None
+        self._installer = None
+
+    @property
+    def attached(self) -> bool:
+        return self._vmm is not None
+
+    def resident(self, run: PageRun) -> None:
+        """Pages that the kernel says are in memory already (after a restart of the receiver)."""
+        self.engine.present(run)
+
+    def unregister(self) -> None:
+        """Every page is settled: the kernel takes over, holes read as zero. Wakes whoever still waits."""
+        assert self._installer is not None
+        assert self._vmm is not None
+        if self._vmm.uffd is not None:
+            asyncio.get_running_loop().remove_reader(self._vmm.uffd.fileno())
+        self._installer.unregister()
+
+    def _reported(self, channel: VcpuChannel, report: Report) -> None:
+        if report.kind is ReportKind.START:
+            self._spawn(self._start_vcpu(channel, report))
+        else:
+            self._exited(channel, report)
+
+    def _exited(self, channel: VcpuChannel, report: Report) -> None:
+        assert self._classifier is not None
+        decision = self._classifier.classify(RawExit.of_report(report))
+        match decision:
+            case Fetch(pages, then):
+                self.stats.count("mmio" if then is Then.COMPLETE_MMIO else report.address_source.name.lower())
+                verdict = VerdictKind.COMPLETE if then is Then.COMPLETE_MMIO else VerdictKind.RETRY
+                self._pending[channel.vcpu] = Pending(channel, report.seq, verdict)
+                wanted = [PageIndex(page) for run in pages for page in range(run.first, run.end)]
+                self._fault(VcpuKey(channel.vcpu), wanted, Priority.VCPU)
+            case Retry(gpa, size_bytes):
+                self.stats.populated += 1
+                flags = 1 if size_bytes else 0
+                channel.send_verdict(Verdict(report.seq, VerdictKind.RETRY, flags, gpa, size_bytes))
+            case Complete():
+                channel.send_verdict(Verdict(report.seq, VerdictKind.COMPLETE))
+            case PassOn():
+                self.stats.passed += 1
+                channel.send_verdict(Verdict(report.seq, VerdictKind.PASS))
+            case Escalate(log_line):
+                self.stats.escalations += 1
+                logger.error("%s", log_line)
+                channel.send_verdict(Verdict(report.seq, VerdictKind.PASS))
+
+    async def _start_vcpu(self, channel: VcpuChannel, report: Report) -> None:
+        """Installs the pages that KVM itself touches before the vCPU's first KVM_RUN (DESIGN)."""
+        assert self._vmm is not None
+        self.stats.starts += 1
+        self._tid_to_vcpu = self._vmm.vcpu_tids()
+        slots = SlotTable(self._vmm.slots())
+        paravirtual = {Gpa(msr & ~(TABLE_BYTES - 1)) for msr in report.msrs if msr & 1}
+        await self._preinstall(slots, paravirtual)
+        if self._vmm.alias_uffd is not None:
+            walk = PageTableWalk.of_registers(report.cr0, report.cr3, report.cr4, report.efer)
+            while tables := walk.next_level():
+                walk.feed(await self._preinstall(slots, tables))
+        channel.send_verdict(Verdict(report.seq, VerdictKind.RETRY))
+
+    async def _preinstall(self, slots: SlotTable, addresses: Iterable[Gpa]) -> dict[Gpa, bytes]:
+        """Fetches and installs guest pages; returns their contents. Addresses outside of RAM are left out."""
+        assert self._vmm is not None
+        offsets = {gpa: offset for gpa in addresses if (offset := slots.offset_of(gpa)) is not None}
+        pages = {self.layout.page_at(offset) for offset in offsets.values()}
+        absent = {page for page in pages if not self.engine.pages.is_present(page)}
+        if absent:
+            self.stats.preinstalled_pages += len(absent)
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._presence.append((absent, future))
+            for page in absent:
+                self._fault(PageKey(page), [page], Priority.VCPU)
+            await future
+        return {gpa: self._read(offset, TABLE_BYTES) for gpa, offset in offsets.items()}
+
+    def _read(self, offset: int, size_bytes: int) -> bytes:
+        assert self._vmm is not None
+        region = self.layout.region_at(offset)
+        return os.pread(self._vmm.ram_fds[region.index], size_bytes, offset - region.offset_bytes)
+
+    def _read_events(self) -> None:
+        """Takes events off the blocking userfaultfd: faults of threads that sleep in the kernel, and removals."""
+        assert self._vmm is not None
+        assert self._vmm.uffd is not None
+        assert self._installer is not None
+        for event in self._vmm.uffd.read_events(EVENTS_PER_WAKEUP_MAX):
+            match event:
+                case Fault(address=address, thread_id=thread_id):
+                    page = self._installer.page_of_fault(address)
+                    if page is None:
+                        logger.error("userfaultfd: fault at %#x, which is in no region", address)
+                        continue
+                    is_vcpu = self._is_vcpu(thread_id)
+                    self.stats.count("uffd_vcpu" if is_vcpu else "uffd_vmm")
+                    self._fault(PageKey(page), [page], Priority.VCPU if is_vcpu else Priority.VMM)
+                case Removed(start=start, end=end):
+                    self._removed(start, end)
+
+    def _is_vcpu(self, thread_id: int) -> bool:
+        assert self._vmm is not None
+        if thread_id not in self._tid_to_vcpu:
+            self._tid_to_vcpu = self._vmm.vcpu_tids()
+        return thread_id in self._tid_to_vcpu
+
+    def _removed(self, start: int, end: int) -> None:
+        assert self._installer is not None
+        for run in self._installer.pages_of_range(start, end):
+            for page in self.engine.removed(run):
+                self._install(Install(PageRun(page, 1), -1), b"")
+
+    def _fault(self, key: VcpuKey | PageKey, pages: list[PageIndex], priority: Priority) -> None:
+        answer = self.engine.fault(key, pages, priority, time.monotonic())
+        if answer.ready:
+            self._restart(Waiter(key, priority, time.monotonic(), tuple(pages)))
+            return
+        for page in answer.zero_pages:
+            self._install(Install(PageRun(page, 1), -1), b"")
+        self.session.wake(Lane.DEMAND)
+
+    # ---- the session's side ----------------------------------------------------------------------
+
+    def next_request(self, lane: Lane) -> pb.FetchRequest | None:
+        if lane is Lane.DEMAND:
+            fetch = self.engine.next_demand() or self.engine.next_prefetch()
+        elif self.stream_background and self._installer is not None:
+            fetch = self.engine.next_background(time.monotonic())
+            if fetch is None and not self.engine.finished:
+                self._ask_background_again()
+        else:
+            fetch = None
+        return request_of(fetch, self.layout) if fetch is not None else None
+
+    def answered(self, lane: Lane, answer: Answer, wire_bytes: int) -> None:
+        self.stats.wire_bytes += wire_bytes
+        if self._installer is None:
+            self.engine.lost(answer.done)
+            return
+        for install in self.engine.arrived(answer.extents, answer.done, time.monotonic()):
+            self._install(install, answer.data)
+        self.session.wake(Lane.BACKGROUND)
+        self._check_finished()
+
+    def connection_lost(self) -> None:
+        self.engine.lost()
+
+    def start_background(self) -> None:
+        """Streams the rest of memory from now on."""
+        self.stream_background = True
+        self.session.wake(Lane.BACKGROUND)
+        self._check_finished()
+
+    def _ask_background_again(self) -> None:
+        if self._background_timer is None:
+            self._background_timer = asyncio.get_running_loop().call_later(BACKGROUND_RETRY_S, self._wake_background)
+
+    def _wake_background(self) -> None:
+        self._background_timer = None
+        self.session.wake(Lane.BACKGROUND)
+
+    # ---- into memory -----------------------------------------------------------------------------
+
+    def _install(self, install: Install, data: bytes) -> None:
+        assert self._installer is not None
+        run, zero = install.run, install.data_offset < 0
+        for _ in range(DRAIN_ATTEMPTS_MAX):
+            try:
+                if zero:
+                    result = self._installer.install_zero(run)
+                else:
+                    result = self._installer.install(run, data, install.data_offset)
+            except DrainEvents as drain:
+                result = drain.partial
+                self._read_events()
+            self._installed(result, zero=zero)
+            settled = sum(part.count for part in (*result.installed, *result.existed))
+            if settled == run.count:
+                return
+            page_size = self.layout.region_of_page(run.first).page_size_bytes
+            run = PageRun(PageIndex(run.first + settled), run.count - settled)
+            install = Install(run, -1 if zero else install.data_offset + settled * page_size)
+        raise RuntimeError(f"page {run.first}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
+
+    def _installed(self, result: InstallResult, *, zero: bool) -> None:
+        for run in result.installed:
+            self._wake_all(self.engine.installed(run, zero=zero))
+        for run in result.existed:
+            self._wake_all(self.engine.installed(run, existed=True))
+
+    def _wake_all(self, waiters: list[Waiter]) -> None:
+        for waiter in waiters:
+            self.stats.latency.observe(time.monotonic() - waiter.since)
+            self._restart(waiter)
+
+    def _restart(self, waiter: Waiter) -> None:
+        match waiter.key:
+            case VcpuKey(vcpu):
+                pending = self._pending.pop(vcpu, None)
+                waited_s = time.monotonic() - waiter.since
+                self.stats.blocked_s_by_vcpu[vcpu] = self.stats.blocked_s_by_vcpu.get(vcpu, 0.0) + waited_s
+                if pending is not None:
+                    pending.channel.send_verdict(Verdict(pending.seq, pending.verdict))
+            case PageKey(page):
+                if self._installer is not None:
+                    self._installer.wake(PageRun(page, 1))
+                self._note_presence(page)
+
+    def _note_presence(self, page: PageIndex) -> None:
+        for entry in list(self._presence):
+            missing, future = entry
+            missing.discard(page)
+            if not missing:
+                self._presence.remove(entry)
+                if not future.done():
+                    future.set_result(None)
+
+    def _check_finished(self) -> None:
+        if self.engine.finished:
+            self.finished.set()
+
+    def _spawn(self, coroutine: object) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _installer_of(vmm: AttachedVmm) -> Installer:
+    if vmm.uffd is None:
+        return FileInstaller(vmm.layout, vmm.ram_fds)
+    return UffdInstaller(vmm.layout, vmm.handover, vmm.uffd, vmm.alias_uffd)
+
+
+def _sizes(layout: Layout) -> str:
+    return ", ".join(f"{region.size_bytes >> 20} MiB of {region.page_size_bytes >> 10} KiB pages" for region in layout.regions)
