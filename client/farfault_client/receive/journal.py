@@ -1,0 +1,96 @@
+"""What a receiver must remember over its own death: the lease, and how far the move has come.
+
+A record is on disk before it is acted on: written to a new file, synced, renamed, folder synced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+from farfault_cli.errors import UsageError
+from farfault_client.session.session import Lease
+
+
+class Step(str, Enum):
+    """How far a move has come; each is written before the act that it names."""
+
+    OPENED = "opened"
+    SUSPENDING = "suspending"
+    HANDING_OVER = "handing over"
+    """The point of no return lies in this step; the page server's record decides on which side of it."""
+    RUNNING = "running"
+    COMPLETED = "completed"
+    ROLLED_BACK = "rolled back"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One journal entry."""
+
+    step: Step
+    target: str
+    lease_id: str
+    token: str
+    generation: int
+
+    @property
+    def lease(self) -> Lease:
+        return Lease(self.lease_id, self.token, self.generation)
+
+
+class Journal:
+    """The journal file of one receiver.
+
+    Args:
+        directory: made if missing, mode 0700.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / "receiver.json"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.record: Record | None = self._load()
+
+    def write(self, record: Record) -> None:
+        """Makes a record durable."""
+        scratch = self.path.with_suffix(".new")
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(record), file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(self.path)
+        folder = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self.record = record
+
+    def step(self, step: Step) -> None:
+        """Moves on to a step."""
+        assert self.record is not None
+        self.write(replace(self.record, step=step))
+
+    def forget(self) -> None:
+        """The move is over; nothing is left to take up again."""
+        self.path.unlink(missing_ok=True)
+        self.record = None
+
+    def _load(self) -> Record | None:
+        try:
+            fields = json.loads(self.path.read_text())
+            return Record(
+                Step(fields["step"]), fields["target"], fields["lease_id"], fields["token"], int(fields["generation"])
+            )
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"receiver journal {self.path} cannot be read: {error}",
+                "if no move is under way on this host, delete the file",
+            ) from error

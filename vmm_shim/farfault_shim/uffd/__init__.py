@@ -1,0 +1,1 @@
+"""userfaultfd: the kernel interface by which missing pages are noticed and installed."""
