@@ -1,0 +1,1 @@
+"""The page server: serves the RAM of one stopped VM, or of a snapshot, page by page."""

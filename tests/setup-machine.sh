@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Brings what the real VMs of `make demo` and `make test` need onto a Debian or Ubuntu machine, if it may.
+# Without root or apt it says what is missing and goes on: what cannot run is skipped with its reason.
+set -u
+
+packages=()
+need() { # need COMMAND PACKAGE
+    command -v "$1" >/dev/null 2>&1 || packages+=("$2")
+}
+if [ "$(uname -m)" = x86_64 ]; then
+    need qemu-system-x86_64 qemu-system-x86
+    need busybox busybox-static
+    need ip iproute2
+fi
+
+if [ "${#packages[@]}" -gt 0 ]; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+        echo "==> apt-get install ${packages[*]}"
+        export DEBIAN_FRONTEND=noninteractive
+        log=$(mktemp)
+        if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >"$log" 2>&1; then
+            tail -5 "$log"
+            echo "==> could not install ${packages[*]}: tests and demos that need them are skipped"
+        fi
+        rm -f "$log"
+    else
+        echo "==> missing: ${packages[*]} (as root: apt-get install ${packages[*]})"
+    fi
+fi
+
+# Annotated exits need KVM's tracepoints.
+if [ "$(id -u)" = 0 ] && [ -d /sys/kernel/tracing ] && [ ! -d /sys/kernel/tracing/events ]; then
+    mount -t tracefs tracefs /sys/kernel/tracing || echo "==> tracefs cannot be mounted: exits are not annotated"
+fi
+exit 0
