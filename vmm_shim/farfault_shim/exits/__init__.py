@@ -1,0 +1,1 @@
+"""What a KVM_RUN exit means. No I/O."""
