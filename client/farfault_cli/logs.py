@@ -11,7 +11,7 @@ STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asct
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, and every ``extra`` field."""
+    """One JSON object a line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, each ``extra`` field."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = {

@@ -30,7 +30,7 @@ class PageRun(NamedTuple):
     """A run of consecutive pages of one region."""
 
     first: PageIndex
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
 
     @property
     def end(self) -> int:

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from farfault_shim.layout import Layout, PageIndex, PageRun
+
 from farfault_client.engine.neighbours import DEPTH_MAX_PAGES, NeighbourPrefetch
 from farfault_client.engine.page_map import PageMap
 from farfault_client.engine.rate import RateLimit
 from farfault_client.engine.states import PageInput, PageState, Priority
 from farfault_client.engine.window import BackgroundWindow
-from farfault_shim.layout import Layout, PageIndex, PageRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +265,7 @@ class FaultEngine:
         Returns:
             The threads that wait for nothing any more.
         """
-        fresh = run.count - sum(
-            found.count for found in self.pages.runs(*run, PageState.INSTALLED, PageState.REMOVED)
-        )
+        fresh = run.count - sum(found.count for found in self.pages.runs(*run, PageState.INSTALLED, PageState.REMOVED))
         self.pages.apply(run.first, run.count, PageInput.INSTALL)
         self._settled_pages += fresh
         if existed:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
+from farfault_shim.layout import PageIndex, PageRun
+
 from farfault_client.engine.states import (
     ABSENT_BYTE,
     IN_FLIGHT_BASE,
@@ -23,7 +25,6 @@ from farfault_client.engine.states import (
     UndefinedTransitionError,
     next_byte,
 )
-from farfault_shim.layout import PageIndex, PageRun
 
 _UNDEFINED = 0xFF
 _SINGLE_PAGE = 1

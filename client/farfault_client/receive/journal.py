@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 from farfault_cli.errors import UsageError
+
 from farfault_client.session.session import Lease
 
 
-class Step(str, Enum):
+class Step(StrEnum):
     """How far a move has come; each is written before the act that it names."""
 
     OPENED = "opened"
@@ -85,7 +86,11 @@ class Journal:
         try:
             fields = json.loads(self.path.read_text())
             return Record(
-                Step(fields["step"]), fields["target"], fields["lease_id"], fields["token"], int(fields["generation"])
+                Step(fields["step"]),
+                fields["target"],
+                fields["lease_id"],
+                fields["token"],
+                int(fields["generation"]),
             )
         except FileNotFoundError:
             return None

@@ -10,16 +10,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from farfault.v1 import pages_pb2 as pb
-from farfault_client.engine import EngineConfig, FaultEngine, Install, Priority, Waiter
-from farfault_client.receive.histogram import LatencyHistogram
-from farfault_client.session.answers import Answer, request_of
-from farfault_client.session.session import Lane, Session
-from farfault_shim.attach.listener import AttachedVmm, VcpuChannel
+from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
 from farfault_shim.attach.wire import Report, ReportKind, Verdict, VerdictKind
 from farfault_shim.exits.classifier import (
     Complete,
@@ -33,9 +29,20 @@ from farfault_shim.exits.classifier import (
     Then,
 )
 from farfault_shim.exits.page_tables import TABLE_BYTES, PageTableWalk
-from farfault_shim.install.installer import DrainEvents, FileInstaller, Installer, InstallResult, UffdInstaller
+from farfault_shim.install.installer import (
+    DrainEvents,
+    FileInstaller,
+    Installer,
+    InstallResult,
+    UffdInstaller,
+)
 from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
 from farfault_shim.uffd.userfaultfd import Fault, Removed
+
+from farfault_client.engine import EngineConfig, FaultEngine, Install, Priority, Waiter
+from farfault_client.receive.histogram import LatencyHistogram
+from farfault_client.session.answers import Answer, request_of
+from farfault_client.session.session import Lane, Session
 
 logger = logging.getLogger(__name__)
 
@@ -359,8 +366,8 @@ class Pager:
         if self.engine.finished:
             self.finished.set()
 
-    def _spawn(self, coroutine: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -372,4 +379,6 @@ def _installer_of(vmm: AttachedVmm) -> Installer:
 
 
 def _sizes(layout: Layout) -> str:
-    return ", ".join(f"{region.size_bytes >> 20} MiB of {region.page_size_bytes >> 10} KiB pages" for region in layout.regions)
+    return ", ".join(
+        f"{region.size_bytes >> 20} MiB of {region.page_size_bytes >> 10} KiB pages" for region in layout.regions
+    )

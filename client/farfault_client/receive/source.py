@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import grpc.aio
 import xxhash
-
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
+from farfault_vmm.description import VmDescription
+
 from farfault_client.session.backoff import backoff
 from farfault_client.session.session import Session, explain
-from farfault_vmm.description import VmDescription
 
 CALL_TIMEOUT_S = 15.0
 SUSPEND_TIMEOUT_S = 60.0

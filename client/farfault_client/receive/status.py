@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import FarfaultError
+from farfault_shim.attach.vmm import AttachedVmm
+
 from farfault_client.engine import PageState
 from farfault_client.receive.pager import Pager
 from farfault_client.session.session import Lane, Session
-from farfault_shim.attach.listener import AttachedVmm
 
 
 @dataclass
@@ -41,7 +42,9 @@ class Progress:
         self.phase = rpb.PHASE_DONE
 
 
-def status_of(progress: Progress, session: Session, pager: Pager | None, vmm: AttachedVmm | None) -> rpb.MigrationStatus:
+def status_of(
+    progress: Progress, session: Session, pager: Pager | None, vmm: AttachedVmm | None
+) -> rpb.MigrationStatus:
     """The status message of this moment."""
     postcopy_s = progress.postcopy_s
     if progress.phase == rpb.PHASE_POSTCOPY and progress.running_since is not None:
@@ -111,7 +114,14 @@ def _add_pages(status: rpb.MigrationStatus, pager: Pager) -> None:
 
 def vmm_counters(vmm: AttachedVmm) -> dict[str, int]:
     """The shim's own counters, summed over vCPUs."""
-    totals = {"exits_annotated": 0, "exits_bare": 0, "exits_mmio": 0, "kicks": 0, "lost_samples": 0, "blocked_ns": 0}
+    totals = {
+        "exits_annotated": 0,
+        "exits_bare": 0,
+        "exits_mmio": 0,
+        "kicks": 0,
+        "lost_samples": 0,
+        "blocked_ns": 0,
+    }
     for vcpu in vmm.counters():
         for name in totals:
             totals[name] += getattr(vcpu, name)

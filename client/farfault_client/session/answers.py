@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import xxhash
 from farfault.v1 import pages_pb2 as pb
-from farfault_client.engine import Extent, ExtentResult, Fetch
 from farfault_shim.layout import Layout, PageIndex, PageRun
 
-import xxhash
+from farfault_client.engine import Extent, ExtentResult, Fetch
 
 EXTENTS_MAX = 4096
 """Extents in one answer; more is an error of the server."""
@@ -42,9 +42,7 @@ def request_of(fetch: Fetch, layout: Layout) -> pb.FetchRequest:
     ranges = []
     for run in fetch.runs:
         region = layout.region_of_page(run.first)
-        ranges.append(
-            pb.PageRange(region=region.index, first_page=run.first - region.first_page, page_count=run.count)
-        )
+        ranges.append(pb.PageRange(region=region.index, first_page=run.first - region.first_page, page_count=run.count))
     return pb.FetchRequest(request_id=fetch.request_id, priority=int(fetch.priority), ranges=ranges)  # type: ignore[arg-type]
 
 
@@ -85,12 +83,17 @@ def verify(batch: pb.PageBatch, layout: Layout, generation: int) -> Answer:
     if data and xxhash.xxh3_64_intdigest(data) != batch.checksum:
         raise BadAnswerError(f"checksum of {len(data)} bytes does not match")
     return Answer(
-        extents, data, tuple(batch.done_request_ids), tuple(refusals), batch.server_queue_us, batch.server_read_us
+        extents,
+        data,
+        tuple(batch.done_request_ids),
+        tuple(refusals),
+        batch.server_queue_us,
+        batch.server_read_us,
     )
 
 
 def _status_name(kind: int) -> str:
     try:
-        return pb.ExtentKind.Name(kind).removeprefix("EXTENT_KIND_")  # type: ignore[arg-type]
+        return pb.ExtentKind.Name(kind).removeprefix("EXTENT_KIND_")
     except ValueError:
         return f"status {kind}"

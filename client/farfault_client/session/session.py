@@ -21,13 +21,13 @@ from typing import Protocol
 
 import grpc
 import grpc.aio
-
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
+from farfault_shim.layout import Layout
+
 from farfault_client.session.answers import Answer, BadAnswerError, verify
 from farfault_client.session.backoff import backoff
-from farfault_shim.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
+
+
+PageStream = grpc.aio.StreamStreamCall[pb.FetchRequest, pb.PageBatch]
 
 
 class Lane(Enum):
@@ -217,13 +220,14 @@ class Session:
                 if not first:
                     await self.open()
                 first = False
-                waits = await self._run_lanes(waits)
+                await self._run_lanes()
+                waits = backoff(random.random)
             except UnreachableError as error:
                 logger.warning("%s", error.problem)
             await asyncio.sleep(next(waits))
 
-    async def _run_lanes(self, waits: object) -> object:
-        """Runs all lanes until one fails. Returns a fresh back-off, for the connection was good."""
+    async def _run_lanes(self) -> None:
+        """Runs all lanes until one fails."""
         assert self._user is not None
         counts = {Lane.DEMAND: self.config.demand_streams, Lane.BACKGROUND: self.config.background_streams}
         channels = {lane: self._channel() for lane in Lane}
@@ -262,9 +266,8 @@ class Session:
                 f"{self._bad_in_a_row} answers in a row from {self.config.target} were wrong",
                 "the guest waits and nothing was installed; check the link and the page server's log",
             )
-        return backoff(random.random)
 
-    async def _send(self, lane: Lane, stream: grpc.aio.StreamStreamCall, wake: asyncio.Event) -> None:
+    async def _send(self, lane: Lane, stream: PageStream, wake: asyncio.Event) -> None:
         assert self._user is not None
         while True:
             await wake.wait()
@@ -272,13 +275,13 @@ class Session:
             while (request := self._user.next_request(lane)) is not None:
                 await stream.write(request)
 
-    async def _receive(self, lane: Lane, stream: grpc.aio.StreamStreamCall) -> None:
+    async def _receive(self, lane: Lane, stream: PageStream) -> None:
         assert self._user is not None
         assert self._layout is not None
         assert self.lease is not None
         while True:
             batch = await stream.read()
-            if batch is grpc.aio.EOF:
+            if batch is grpc.aio.EOF or not isinstance(batch, pb.PageBatch):
                 raise _StreamEndedError(f"the page server ended the {lane.value} stream")
             try:
                 answer = verify(batch, self._layout, self.lease.generation)
@@ -307,7 +310,11 @@ class _StreamEndedError(Exception):
 def explain(error: grpc.aio.AioRpcError, target: str) -> FarfaultError:
     """What a gRPC status means to a user."""
     details = error.details() or error.code().name
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+    if error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+    ):
         return UnreachableError(
             f"page server {target} does not answer: {details}",
             "check that `farfault serve` runs there, the address, and the firewall",

@@ -115,7 +115,9 @@ class UffdInstaller:
         page_size = region.page_size_bytes
         if page_size == BASE_PAGE_BYTES:
             return _repeat(
-                lambda done: uffd.zeropage(address + done * page_size, (run.count - done) * page_size), run, page_size
+                lambda done: uffd.zeropage(address + done * page_size, (run.count - done) * page_size),
+                run,
+                page_size,
             )
         if len(self._zeros) < page_size:
             self._zeros = bytes(page_size)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from farfault_cli.errors import FarfaultError
+
 from farfault_shim.uffd import abi
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,7 +61,7 @@ class Userfaultfd:
     """
 
     def __init__(self, descriptor: int) -> None:
-        target = os.readlink(f"/proc/self/fd/{descriptor}")
+        target = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         if target != "anon_inode:[userfaultfd]":
             raise ValueError(f"descriptor is {target}, not a userfaultfd")
         self._descriptor = descriptor
