@@ -21,6 +21,12 @@ class VmState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VM_STATE_HANDED_OVER: _ClassVar[VmState]
     VM_STATE_COMPLETED: _ClassVar[VmState]
 
+class LaneKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LANE_KIND_UNSPECIFIED: _ClassVar[LaneKind]
+    LANE_KIND_BACKGROUND: _ClassVar[LaneKind]
+    LANE_KIND_EXPRESS: _ClassVar[LaneKind]
+
 class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PRIORITY_UNSPECIFIED: _ClassVar[Priority]
@@ -46,6 +52,9 @@ VM_STATE_RUNNING: VmState
 VM_STATE_FROZEN: VmState
 VM_STATE_HANDED_OVER: VmState
 VM_STATE_COMPLETED: VmState
+LANE_KIND_UNSPECIFIED: LaneKind
+LANE_KIND_BACKGROUND: LaneKind
+LANE_KIND_EXPRESS: LaneKind
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_VCPU: Priority
 PRIORITY_VMM: Priority
@@ -96,17 +105,45 @@ class Region(_message.Message):
     def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., gpa: _Optional[int] = ..., size_bytes: _Optional[int] = ..., page_size_bytes: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., backing: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_request_pages", "max_batch_bytes", "max_requests_in_flight")
+    __slots__ = ("max_request_pages", "max_batch_bytes", "max_requests_in_flight", "max_digest_pages")
     MAX_REQUEST_PAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_DIGEST_PAGES_FIELD_NUMBER: _ClassVar[int]
     max_request_pages: int
     max_batch_bytes: int
     max_requests_in_flight: int
-    def __init__(self, max_request_pages: _Optional[int] = ..., max_batch_bytes: _Optional[int] = ..., max_requests_in_flight: _Optional[int] = ...) -> None: ...
+    max_digest_pages: int
+    def __init__(self, max_request_pages: _Optional[int] = ..., max_batch_bytes: _Optional[int] = ..., max_requests_in_flight: _Optional[int] = ..., max_digest_pages: _Optional[int] = ...) -> None: ...
+
+class LaneAddress(_message.Message):
+    __slots__ = ("kind", "port")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    kind: LaneKind
+    port: int
+    def __init__(self, kind: _Optional[_Union[LaneKind, str]] = ..., port: _Optional[int] = ...) -> None: ...
+
+class LaneHello(_message.Message):
+    __slots__ = ("protocol_version", "lease_id", "token")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    lease_id: str
+    token: str
+    def __init__(self, protocol_version: _Optional[int] = ..., lease_id: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
+
+class LaneWelcome(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class OpenResponse(_message.Message):
-    __slots__ = ("protocol_version", "lease_id", "token", "generation", "regions", "limits", "features", "vm_state", "server_version")
+    __slots__ = ("protocol_version", "lease_id", "token", "generation", "regions", "limits", "features", "vm_state", "server_version", "lanes")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +153,7 @@ class OpenResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     VM_STATE_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     lease_id: str
     token: str
@@ -125,7 +163,8 @@ class OpenResponse(_message.Message):
     features: _containers.RepeatedScalarFieldContainer[str]
     vm_state: VmState
     server_version: str
-    def __init__(self, protocol_version: _Optional[int] = ..., lease_id: _Optional[str] = ..., token: _Optional[str] = ..., generation: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., vm_state: _Optional[_Union[VmState, str]] = ..., server_version: _Optional[str] = ...) -> None: ...
+    lanes: _containers.RepeatedCompositeFieldContainer[LaneAddress]
+    def __init__(self, protocol_version: _Optional[int] = ..., lease_id: _Optional[str] = ..., token: _Optional[str] = ..., generation: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., vm_state: _Optional[_Union[VmState, str]] = ..., server_version: _Optional[str] = ..., lanes: _Optional[_Iterable[_Union[LaneAddress, _Mapping]]] = ...) -> None: ...
 
 class PageRange(_message.Message):
     __slots__ = ("region", "first_page", "page_count")
@@ -190,6 +229,20 @@ class CompleteRequest(_message.Message):
 class CompleteResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class DigestRequest(_message.Message):
+    __slots__ = ("ranges",)
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    ranges: _containers.RepeatedCompositeFieldContainer[PageRange]
+    def __init__(self, ranges: _Optional[_Iterable[_Union[PageRange, _Mapping]]] = ...) -> None: ...
+
+class DigestResponse(_message.Message):
+    __slots__ = ("digests", "generation")
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    digests: _containers.RepeatedScalarFieldContainer[int]
+    generation: int
+    def __init__(self, digests: _Optional[_Iterable[int]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ()

@@ -54,6 +54,11 @@ class PageServiceStub:
                 request_serializer=farfault_dot_v1_dot_pages__pb2.CompleteRequest.SerializeToString,
                 response_deserializer=farfault_dot_v1_dot_pages__pb2.CompleteResponse.FromString,
                 _registered_method=True)
+        self.Digest = channel.unary_unary(
+                '/farfault.v1.PageService/Digest',
+                request_serializer=farfault_dot_v1_dot_pages__pb2.DigestRequest.SerializeToString,
+                response_deserializer=farfault_dot_v1_dot_pages__pb2.DigestResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/farfault.v1.PageService/Release',
                 request_serializer=farfault_dot_v1_dot_pages__pb2.ReleaseRequest.SerializeToString,
@@ -102,6 +107,15 @@ class PageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Digest(self, request, context):
+        """A digest of the frozen memory, for an end-to-end check: for each range the sum, modulo 2^64, of
+        XXH3-64(page bytes, seed = page index in its region) over its pages, zero pages included. The sum
+        does not depend on the order in which pages travel. At most Limits.max_digest_pages a call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Gives a lease back without completing it. A migration lease past HandOver is not given back:
         FAILED_PRECONDITION. Idempotent.
@@ -132,6 +146,11 @@ def add_PageServiceServicer_to_server(servicer, server):
                     servicer.Complete,
                     request_deserializer=farfault_dot_v1_dot_pages__pb2.CompleteRequest.FromString,
                     response_serializer=farfault_dot_v1_dot_pages__pb2.CompleteResponse.SerializeToString,
+            ),
+            'Digest': grpc.unary_unary_rpc_method_handler(
+                    servicer.Digest,
+                    request_deserializer=farfault_dot_v1_dot_pages__pb2.DigestRequest.FromString,
+                    response_serializer=farfault_dot_v1_dot_pages__pb2.DigestResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -247,6 +266,33 @@ class PageService:
             '/farfault.v1.PageService/Complete',
             farfault_dot_v1_dot_pages__pb2.CompleteRequest.SerializeToString,
             farfault_dot_v1_dot_pages__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Digest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farfault.v1.PageService/Digest',
+            farfault_dot_v1_dot_pages__pb2.DigestRequest.SerializeToString,
+            farfault_dot_v1_dot_pages__pb2.DigestResponse.FromString,
             options,
             channel_credentials,
             insecure,
