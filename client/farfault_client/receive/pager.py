@@ -42,7 +42,8 @@ from farfault_shim.uffd.userfaultfd import Fault, Removed
 from farfault_client.engine import EngineConfig, FaultEngine, Install, Priority, Waiter
 from farfault_client.receive.histogram import LatencyHistogram
 from farfault_client.session.answers import Answer, request_of
-from farfault_client.session.session import Lane, Session
+from farfault_client.session.lane import Lane
+from farfault_client.session.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ DRAIN_ATTEMPTS_MAX = 64
 """Times that one install is tried again after a userfaultfd event had to be read first."""
 BACKGROUND_RETRY_S = 0.002
 """The background lane asks the engine again after this long when its window or cap was closed."""
+REFUSAL_PAUSE_S = 0.05
+"""A refused range is asked for again after this long, so that a refusing server is not hammered."""
 
 
 class VcpuKey(NamedTuple):
@@ -87,7 +90,6 @@ class PagerStats:
     populated: int = 0
     starts: int = 0
     preinstalled_pages: int = 0
-    wire_bytes: int = 0
 
     def count(self, source: str) -> None:
         self.faults_by_source[source] = self.faults_by_source.get(source, 0) + 1
@@ -97,13 +99,13 @@ class Pager:
     """Glue between engine, installer, VMM and session. It is the session's `SessionUser`.
 
     Args:
-        layout: guest memory as the page server described it.
-        session: the lease; the pager starts nothing on it.
+        session: an open one; its lease says what guest memory is. The pager starts nothing on it.
         config: of the engine.
     """
 
-    def __init__(self, layout: Layout, session: Session, config: EngineConfig | None = None) -> None:
-        self.layout = layout
+    def __init__(self, session: Session, config: EngineConfig | None = None) -> None:
+        assert session.lease is not None, "open the session first"
+        self.layout = layout = session.lease.layout
         self.session = session
         self.engine = FaultEngine(layout, config)
         self.stats = PagerStats()
@@ -117,6 +119,8 @@ class Pager:
         self._presence: list[tuple[set[PageIndex], asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._background_timer: asyncio.TimerHandle | None = None
+        self._in_flight: dict[Lane, set[int]] = {lane: set() for lane in Lane}
+        self._unregistered = False
 
     # ---- the VMM's side ------------------------------------------------------------------------
 
@@ -161,6 +165,7 @@ class Pager:
         assert self._vmm is not None
         if self._vmm.uffd is not None:
             asyncio.get_running_loop().remove_reader(self._vmm.uffd.fileno())
+        self._unregistered = True
         self._installer.unregister()
 
     def _reported(self, channel: VcpuChannel, report: Report) -> None:
@@ -171,6 +176,10 @@ class Pager:
 
     def _exited(self, channel: VcpuChannel, report: Report) -> None:
         assert self._classifier is not None
+        if self._unregistered:  # it missed a page while the kernel took over
+            retry = VerdictKind.COMPLETE if report.ret == 0 else VerdictKind.RETRY
+            channel.send_verdict(Verdict(report.seq, retry))
+            return
         decision = self._classifier.classify(RawExit.of_report(report))
         match decision:
             case Fetch(pages, then):
@@ -178,7 +187,7 @@ class Pager:
                 verdict = VerdictKind.COMPLETE if then is Then.COMPLETE_MMIO else VerdictKind.RETRY
                 self._pending[channel.vcpu] = Pending(channel, report.seq, verdict)
                 wanted = [PageIndex(page) for run in pages for page in range(run.first, run.end)]
-                self._fault(VcpuKey(channel.vcpu), wanted, Priority.VCPU)
+                self._fault(VcpuKey(channel.vcpu), wanted, Priority.VCPU, report.exit_ns * 1e-9)
             case Retry(gpa, size_bytes):
                 self.stats.populated += 1
                 flags = 1 if size_bytes else 0
@@ -257,14 +266,19 @@ class Pager:
             for page in self.engine.removed(run):
                 self._install(Install(PageRun(page, 1), -1), b"")
 
-    def _fault(self, key: VcpuKey | PageKey, pages: list[PageIndex], priority: Priority) -> None:
-        answer = self.engine.fault(key, pages, priority, time.monotonic())
+    def _fault(
+        self, key: VcpuKey | PageKey, pages: list[PageIndex], priority: Priority, since: float | None = None
+    ) -> None:
+        """A thread missed pages at `since` (seconds of CLOCK_MONOTONIC; None: now)."""
+        now = time.monotonic()
+        since = now if since is None else min(since, now)
+        answer = self.engine.fault(key, pages, priority, since)
         if answer.ready:
-            self._restart(Waiter(key, priority, time.monotonic(), tuple(pages)))
+            self._restart(Waiter(key, priority, since, tuple(pages)))
             return
         for page in answer.zero_pages:
             self._install(Install(PageRun(page, 1), -1), b"")
-        self.session.wake(Lane.DEMAND)
+        self.session.pump(Lane.DEMAND)
 
     # ---- the session's side ----------------------------------------------------------------------
 
@@ -277,25 +291,32 @@ class Pager:
                 self._ask_background_again()
         else:
             fetch = None
-        return request_of(fetch, self.layout) if fetch is not None else None
+        if fetch is None:
+            return None
+        self._in_flight[lane].add(fetch.request_id)
+        return request_of(fetch, self.layout)
 
-    def answered(self, lane: Lane, answer: Answer, wire_bytes: int) -> None:
-        self.stats.wire_bytes += wire_bytes
+    def answered(self, lane: Lane, answer: Answer) -> None:
+        self._in_flight[lane].difference_update(answer.done)
+        if answer.refusals:
+            logger.warning("page server refused: %s", ", ".join(sorted(set(answer.refusals))))
+            asyncio.get_running_loop().call_later(REFUSAL_PAUSE_S, self.session.pump, Lane.DEMAND)
         if self._installer is None:
             self.engine.lost(answer.done)
             return
         for install in self.engine.arrived(answer.extents, answer.done, time.monotonic()):
             self._install(install, answer.data)
-        self.session.wake(Lane.BACKGROUND)
+        self.session.pump(Lane.BACKGROUND)
         self._check_finished()
 
-    def connection_lost(self) -> None:
-        self.engine.lost()
+    def lane_lost(self, lane: Lane) -> None:
+        self.engine.lost(self._in_flight[lane])
+        self._in_flight[lane].clear()
 
     def start_background(self) -> None:
         """Streams the rest of memory from now on."""
         self.stream_background = True
-        self.session.wake(Lane.BACKGROUND)
+        self.session.pump(Lane.BACKGROUND)
         self._check_finished()
 
     def _ask_background_again(self) -> None:
@@ -304,7 +325,7 @@ class Pager:
 
     def _wake_background(self) -> None:
         self._background_timer = None
-        self.session.wake(Lane.BACKGROUND)
+        self.session.pump(Lane.BACKGROUND)
 
     # ---- into memory -----------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from farfault_shim.attach.vmm import AttachedVmm
 
 from farfault_client.engine import PageState
 from farfault_client.receive.pager import Pager
-from farfault_client.session.session import Lane, Session
+from farfault_client.session.lane import Lane
+from farfault_client.session.session import Session
 
 
 @dataclass
@@ -63,11 +64,17 @@ def status_of(
     if pager is not None:
         _add_pages(status, pager)
     counters = status.counters
-    counters["connects"] = session.stats.connects
-    counters["bad_answers"] = session.stats.bad_answers
-    counters["refusals"] = session.stats.refusals
+    counters["opens"] = session.stats.opens
     for lane in Lane:
-        counters[f"wire_bytes_{lane.value}"] = session.stats.bytes_by_lane[lane]
+        stats = session.stats.lanes[lane]
+        status.bytes_on_wire += stats.wire_bytes
+        status.lanes.add(
+            name=lane.value,
+            carrier=stats.carrier,
+            bytes=stats.wire_bytes,
+            connects=stats.connects,
+            bad_answers=stats.bad_answers,
+        )
     if vmm is not None:
         for name, value in vmm_counters(vmm).items():
             counters[name] = value
@@ -83,7 +90,6 @@ def _add_pages(status: rpb.MigrationStatus, pager: Pager) -> None:
     status.zero_pages = stats.zero_pages
     status.removed_pages = stats.removed_pages
     status.demand_faults = stats.demand_faults
-    status.bytes_on_wire = pager.stats.wire_bytes
     status.faults_by_source.update(pager.stats.faults_by_source)
     status.fault_latency.CopyFrom(
         rpb.LatencySummary(

@@ -1,12 +1,8 @@
-"""One lease on a page server over gRPC: opens it, keeps its lanes running, comes back after a loss.
+"""One lease on a page server: opens it, keeps its lanes connected, comes back after a loss.
 
-The session owns connections and nothing else. What to fetch and what an answer means is its user's:
-
-* `SessionUser.next_request(lane)` is asked for requests whenever the lane may send;
-* `SessionUser.answered(lane, answer)` gets every verified answer;
-* `SessionUser.connection_lost()` says that whatever was in flight will not be answered.
-
-Demand and background run on connections of their own, so that a fault never waits behind bulk.
+Each lane is kept by a task of its own. A lane that is lost is connected again after a jittered back-off; first
+the lease is taken up again, which also checks that the memory is still of the same generation. The lanes'
+user is told what was lost and asks for it again, so that nothing is lost and nothing is installed twice.
 """
 
 from __future__ import annotations
@@ -14,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -26,70 +20,18 @@ from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
-from farfault_client.session.answers import Answer, BadAnswerError, verify
+from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.backoff import backoff
+from farfault_client.session.grpc_lane import GrpcLane
+from farfault_client.session.lane import Lane, LaneDriver, LaneLostError, LaneUser, SessionStats
+from farfault_client.session.lease import Lease, LeaseKey, Peer, explain
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
-MESSAGE_BYTES_MAX = 8 << 20
 OPEN_TIMEOUT_S = 10.0
 BAD_ANSWERS_MAX = 16
-"""Answers that break the contract, in a row, before the session gives up with an error."""
-REFUSAL_PAUSE_S = 0.05
-"""A refused range is asked for again after this long, so that a refusing server is not hammered."""
-
-CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
-
-PageStream = grpc.aio.StreamStreamCall[pb.FetchRequest, pb.PageBatch]
-
-
-class Lane(Enum):
-    """A kind of stream."""
-
-    DEMAND = "demand"
-    BACKGROUND = "background"
-
-
-class SessionUser(Protocol):
-    """What a session asks of its user; every method is called on the event loop and must not block."""
-
-    def next_request(self, lane: Lane) -> pb.FetchRequest | None:
-        """The next request to send on a lane; None: nothing now (`Session.wake` asks again)."""
-
-    def answered(self, lane: Lane, answer: Answer, wire_bytes: int) -> None:
-        """A verified answer."""
-
-    def connection_lost(self) -> None:
-        """Nothing that is in flight will be answered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A lease as the server granted it; enough to take it up again."""
-
-    lease_id: str
-    token: str
-    generation: int
-
-
-@dataclass(slots=True)
-class SessionStats:
-    """Counters since the start."""
-
-    connects: int = 0
-    bad_answers: int = 0
-    refusals: int = 0
-    bytes_by_lane: dict[Lane, int] = field(default_factory=lambda: dict.fromkeys(Lane, 0))
+"""Answers that break the contract, in a row, before `Session.error` says so; it goes on trying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +39,22 @@ class SessionConfig:
     """How to reach the server.
 
     Attributes:
-        target: ``host:port``.
+        peer: its address.
         kind: migration or clone.
         name: for the server's log.
-        demand_streams: parallel demand streams.
+        admission_token: what Open asks for where the server was started with one.
+        demand_streams: parallel demand streams over gRPC.
         background_streams: parallel background streams.
-        credentials: None for plain TCP.
+        express: use the express lane where the server offers one.
     """
 
-    target: str
+    peer: Peer
     kind: pb.LeaseKind = pb.LEASE_KIND_MIGRATION
     name: str = "farfault"
+    admission_token: str = ""
     demand_streams: int = 1
     background_streams: int = 2
-    credentials: grpc.ChannelCredentials | None = None
+    express: bool = True
 
 
 class Session:
@@ -119,6 +63,10 @@ class Session:
     Args:
         config: how to reach the server.
         on_change: called when the connection comes or goes.
+
+    Attributes:
+        lease: what was granted; None before `open`.
+        error: why the page server refuses to go on; None while it is well or merely out of reach.
     """
 
     def __init__(self, config: SessionConfig, on_change: Callable[[bool], None] = lambda connected: None) -> None:
@@ -126,198 +74,184 @@ class Session:
         self.stats = SessionStats()
         self.lease: Lease | None = None
         self.opened: pb.OpenResponse | None = None
-        self.connected = False
+        self.error: FarfaultError | None = None
         self._on_change = on_change
-        self._user: SessionUser | None = None
-        self._layout: Layout | None = None
         self._control: grpc.aio.Channel | None = None
-        self._wakes: dict[Lane, list[asyncio.Event]] = {lane: [] for lane in Lane}
-        self._next_wake = dict.fromkeys(Lane, 0)
-        self._task: asyncio.Task[None] | None = None
+        self._drivers: dict[Lane, LaneDriver] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._open_lock = asyncio.Lock()
+        self._opened_at = 0.0
         self._bad_in_a_row = 0
 
     # ---- control calls ---------------------------------------------------------------------------
 
-    async def open(self, resume: Lease | None = None) -> pb.OpenResponse:
-        """Takes the lease, or takes `resume` up again.
+    async def open(self, resume: LeaseKey | None = None) -> Lease:
+        """Takes a lease, or takes one up again.
 
         Raises:
             UnreachableError: nobody answers at the target.
             FarfaultError: the server refuses; its reason is the message.
         """
-        resume = resume or self.lease
+        target = self.config.peer.target
         request = pb.OpenRequest(protocol_version=PROTOCOL_VERSION, kind=self.config.kind, client_name=self.config.name)
         if resume is not None:
             request.resume_lease_id = resume.lease_id
             request.resume_token = resume.token
             request.expected_generation = resume.generation
-        stub = pages_pb2_grpc.PageServiceStub(self.control_channel())
+        token = self.config.admission_token
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
         try:
-            response: pb.OpenResponse = await stub.Open(request, timeout=OPEN_TIMEOUT_S)
+            stub = pages_pb2_grpc.PageServiceStub(self.control_channel())
+            response: pb.OpenResponse = await stub.Open(request, metadata=metadata, timeout=OPEN_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise explain(error, self.config.target) from error
+            raise explain(error, target) from error
         if response.protocol_version != PROTOCOL_VERSION:
             raise FarfaultError(
-                f"page server {self.config.target} speaks protocol {response.protocol_version}, not {PROTOCOL_VERSION}",
+                f"page server {target} speaks protocol {response.protocol_version}, not {PROTOCOL_VERSION}",
                 "run the same farfault version on both hosts",
             )
         self.opened = response
-        self.lease = Lease(response.lease_id, response.token, response.generation)
-        return response
+        self._take(Lease(response.lease_id, response.token, response.generation, _layout_of(response, target)))
+        self.stats.opens += 1
+        self._opened_at = asyncio.get_running_loop().time()
+        assert self.lease is not None
+        return self.lease
 
     def control_channel(self) -> grpc.aio.Channel:
         """The connection for unary calls."""
         if self._control is None:
-            self._control = self._channel()
+            self._control = self.config.peer.channel()
         return self._control
 
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata of every call but Open."""
+    @property
+    def key(self) -> LeaseKey:
+        """What to keep on disk."""
         assert self.lease is not None, "open the session first"
-        return (("farfault-lease", self.lease.lease_id), ("authorization", f"Bearer {self.lease.token}"))
+        return LeaseKey(self.lease.lease_id, self.lease.token, self.lease.generation)
+
+    def expect_generation(self, generation: int) -> None:
+        """The memory was frozen: from now on every answer must be of this generation."""
+        assert self.lease is not None
+        self.lease.generation = generation
 
     # ---- lanes -----------------------------------------------------------------------------------
 
-    def start(self, user: SessionUser, layout: Layout) -> None:
+    def start(self, user: LaneUser) -> None:
         """Lets pages flow, and keeps them flowing over losses, until `close`."""
-        self._user, self._layout = user, layout
-        self._task = asyncio.create_task(self._run(), name="page session")
+        for lane in Lane:
+            task = asyncio.get_running_loop().create_task(self._keep(lane, user), name=f"{lane.value} lane")
+            self._tasks.append(task)
 
-    def wake(self, lane: Lane) -> None:
+    def pump(self, lane: Lane) -> None:
         """There may be something to send on a lane."""
-        wakes = self._wakes[lane]
-        if wakes:
-            index = self._next_wake[lane] % len(wakes)
-            self._next_wake[lane] = index + 1
-            wakes[index].set()
+        driver = self._drivers.get(lane)
+        if driver is not None:
+            driver.pump()
+
+    @property
+    def connected(self) -> bool:
+        """Faults can be fetched now."""
+        return Lane.DEMAND in self._drivers
 
     async def close(self) -> None:
         """Ends lanes and connections. The lease stays as it is."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
         if self._control is not None:
             await self._control.close()
             self._control = None
 
-    async def wait_failed(self) -> None:
-        """Returns never while the session lives; raises what ended it for good."""
-        assert self._task is not None
-        await asyncio.shield(self._task)
-
-    def _channel(self) -> grpc.aio.Channel:
-        if self.config.credentials is not None:
-            return grpc.aio.secure_channel(self.config.target, self.config.credentials, options=list(CHANNEL_OPTIONS))
-        return grpc.aio.insecure_channel(self.config.target, options=list(CHANNEL_OPTIONS))
-
-    async def _run(self) -> None:
-        assert self._user is not None
+    async def _keep(self, lane: Lane, user: LaneUser) -> None:
         waits = backoff(random.random)
-        first = True
+        lost_at = -1.0
         while True:
             try:
-                if not first:
-                    await self.open()
-                first = False
-                await self._run_lanes()
-                waits = backoff(random.random)
+                await self._reopen(lost_at)
+                if await self._run_once(lane, user):
+                    waits = backoff(random.random)
             except UnreachableError as error:
                 logger.warning("%s", error.problem)
+            except FarfaultError as error:
+                if self.error is None or self.error.problem != error.problem:
+                    logger.error("%s; the guest waits", error)
+                self.error = error
+            lost_at = asyncio.get_running_loop().time()
             await asyncio.sleep(next(waits))
 
-    async def _run_lanes(self) -> None:
-        """Runs all lanes until one fails."""
-        assert self._user is not None
-        counts = {Lane.DEMAND: self.config.demand_streams, Lane.BACKGROUND: self.config.background_streams}
-        channels = {lane: self._channel() for lane in Lane}
-        self.stats.connects += 1
-        self._set_connected(True)
+    async def _reopen(self, lost_at: float) -> None:
+        """Takes the lease up again, unless another lane has done so since the loss."""
+        async with self._open_lock:
+            if lost_at > self._opened_at:
+                await self.open(self.key)
+                self.error = None
+
+    async def _run_once(self, lane: Lane, user: LaneUser) -> bool:
+        """One connection of a lane, from its start to its loss. True: it carried something."""
+        stats = self.stats.lanes[lane]
+        before = stats.wire_bytes
+        driver = await self._connect(lane, user)
+        stats.connects += 1
+        stats.carrier = driver.carrier
+        self._drivers[lane] = driver
+        self._changed(lane)
         try:
-            async with asyncio.TaskGroup() as group:
-                for lane, count in counts.items():
-                    stub = pages_pb2_grpc.PageServiceStub(channels[lane])
-                    call = stub.Demand if lane is Lane.DEMAND else stub.Background
-                    for _ in range(count):
-                        stream = call(metadata=self.metadata())
-                        wake = asyncio.Event()
-                        wake.set()
-                        self._wakes[lane].append(wake)
-                        group.create_task(self._send(lane, stream, wake))
-                        group.create_task(self._receive(lane, stream))
-        except* grpc.aio.AioRpcError as errors:
-            first = errors.exceptions[0]
-            assert isinstance(first, grpc.aio.AioRpcError)
-            error = explain(first, self.config.target)
-            logger.warning("lost the page server: %s", error.problem)
-            if not isinstance(error, UnreachableError):
-                raise error from first
-        except* (BadAnswerError, asyncio.InvalidStateError, _StreamEndedError) as errors:
-            logger.warning("connection dropped: %s", errors.exceptions[0])
+            driver.pump()
+            await driver.run()
+        except grpc.aio.AioRpcError as error:
+            raise explain(error, self.config.peer.target) from error
+        except BadAnswerError as error:
+            stats.bad_answers += 1
+            self._bad_in_a_row += 1
+            logger.warning("%s lane dropped: %s", lane.value, error)
+            self._judge_bad_answers()
+        except LaneLostError as error:
+            logger.warning("%s lane lost: %s", lane.value, error)
         finally:
-            for wakes in self._wakes.values():
-                wakes.clear()
-            self._set_connected(False)
-            self._user.connection_lost()
-            for channel in channels.values():
-                await channel.close()
+            del self._drivers[lane]
+            stats.carrier = ""
+            self._changed(lane)
+            user.lane_lost(lane)
+            await driver.close()
+        carried = stats.wire_bytes > before
+        if carried:
+            self._bad_in_a_row = 0
+        return carried
+
+    async def _connect(self, lane: Lane, user: LaneUser) -> LaneDriver:
+        assert self.lease is not None
+        config, stats = self.config, self.stats.lanes[lane]
+        streams = config.demand_streams if lane is Lane.DEMAND else config.background_streams
+        return GrpcLane(lane, config.peer, self.lease, user, stats, streams)
+
+    def _take(self, granted: Lease) -> None:
+        """Remembers a lease; lanes that run hold the object, so one that is taken up again stays the same."""
+        if self.lease is None:
+            self.lease = granted
+        elif granted.layout != self.lease.layout:
+            raise FarfaultError(
+                f"page server {self.config.peer.target} now holds {granted.layout} instead of {self.lease.layout}",
+                "the guest waits; bring the page server of this VM back at that address",
+            )
+        else:
+            self.lease.lease_id, self.lease.token = granted.lease_id, granted.token
+            self.lease.generation = granted.generation
+
+    def _judge_bad_answers(self) -> None:
         if self._bad_in_a_row > BAD_ANSWERS_MAX:
             raise FarfaultError(
-                f"{self._bad_in_a_row} answers in a row from {self.config.target} were wrong",
-                "the guest waits and nothing was installed; check the link and the page server's log",
+                f"{self._bad_in_a_row} answers in a row from {self.config.peer.target} were wrong",
+                "nothing wrong was installed; check the link and the page server's log",
             )
 
-    async def _send(self, lane: Lane, stream: PageStream, wake: asyncio.Event) -> None:
-        assert self._user is not None
-        while True:
-            await wake.wait()
-            wake.clear()
-            while (request := self._user.next_request(lane)) is not None:
-                await stream.write(request)
-
-    async def _receive(self, lane: Lane, stream: PageStream) -> None:
-        assert self._user is not None
-        assert self._layout is not None
-        assert self.lease is not None
-        while True:
-            batch = await stream.read()
-            if batch is grpc.aio.EOF or not isinstance(batch, pb.PageBatch):
-                raise _StreamEndedError(f"the page server ended the {lane.value} stream")
-            try:
-                answer = verify(batch, self._layout, self.lease.generation)
-            except BadAnswerError:
-                self.stats.bad_answers += 1
-                self._bad_in_a_row += 1
-                raise
-            self._bad_in_a_row = 0
-            wire_bytes = batch.ByteSize()
-            self.stats.bytes_by_lane[lane] += wire_bytes
-            if answer.refusals:
-                self.stats.refusals += 1
-                logger.warning("page server refused: %s", ", ".join(sorted(set(answer.refusals))))
-                await asyncio.sleep(REFUSAL_PAUSE_S)
-            self._user.answered(lane, answer, wire_bytes)
-
-    def _set_connected(self, connected: bool) -> None:
-        self.connected = connected
-        self._on_change(connected)
+    def _changed(self, lane: Lane) -> None:
+        if lane is Lane.DEMAND:
+            self._on_change(self.connected)
 
 
-class _StreamEndedError(Exception):
-    """The server ended a stream without an error."""
-
-
-def explain(error: grpc.aio.AioRpcError, target: str) -> FarfaultError:
-    """What a gRPC status means to a user."""
-    details = error.details() or error.code().name
-    if error.code() in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.CANCELLED,
-    ):
-        return UnreachableError(
-            f"page server {target} does not answer: {details}",
-            "check that `farfault serve` runs there, the address, and the firewall",
-        )
-    problem, _, remedy = details.partition("\n  remedy: ")
-    return FarfaultError(f"page server {target}: {problem} ({error.code().name})", remedy)
+def _layout_of(response: pb.OpenResponse, target: str) -> Layout:
+    try:
+        return Layout((region.size_bytes, region.page_size_bytes) for region in response.regions)
+    except ValueError as error:
+        raise FarfaultError(f"page server {target} describes impossible memory: {error}") from None

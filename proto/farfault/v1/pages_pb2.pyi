@@ -295,18 +295,20 @@ class SuspendRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DeviceStateChunk(_message.Message):
-    __slots__ = ("data", "last", "checksum", "generation", "stopped_unix_us")
+    __slots__ = ("data", "last", "checksum", "generation", "stopped_unix_us", "stopped_for_us")
     DATA_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STOPPED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FOR_US_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     last: bool
     checksum: int
     generation: int
     stopped_unix_us: int
-    def __init__(self, data: _Optional[bytes] = ..., last: _Optional[bool] = ..., checksum: _Optional[int] = ..., generation: _Optional[int] = ..., stopped_unix_us: _Optional[int] = ...) -> None: ...
+    stopped_for_us: int
+    def __init__(self, data: _Optional[bytes] = ..., last: _Optional[bool] = ..., checksum: _Optional[int] = ..., generation: _Optional[int] = ..., stopped_unix_us: _Optional[int] = ..., stopped_for_us: _Optional[int] = ...) -> None: ...
 
 class HandOverRequest(_message.Message):
     __slots__ = ("generation",)

@@ -53,10 +53,22 @@ class MigrateRequest(_message.Message):
     def __init__(self, status_interval_ms: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("interval_ms",)
+    __slots__ = ("interval_ms", "map_cells")
     INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    MAP_CELLS_FIELD_NUMBER: _ClassVar[int]
     interval_ms: int
-    def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
+    map_cells: int
+    def __init__(self, interval_ms: _Optional[int] = ..., map_cells: _Optional[int] = ...) -> None: ...
+
+class TuneRequest(_message.Message):
+    __slots__ = ("background_bytes_per_s",)
+    BACKGROUND_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    background_bytes_per_s: int
+    def __init__(self, background_bytes_per_s: _Optional[int] = ...) -> None: ...
+
+class TuneResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class LatencySummary(_message.Message):
     __slots__ = ("p50_us", "p90_us", "p99_us", "max_us", "mean_us", "count")
@@ -74,8 +86,36 @@ class LatencySummary(_message.Message):
     count: int
     def __init__(self, p50_us: _Optional[float] = ..., p90_us: _Optional[float] = ..., p99_us: _Optional[float] = ..., max_us: _Optional[float] = ..., mean_us: _Optional[float] = ..., count: _Optional[int] = ...) -> None: ...
 
+class LaneStatus(_message.Message):
+    __slots__ = ("name", "carrier", "bytes", "connects", "bad_answers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CARRIER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONNECTS_FIELD_NUMBER: _ClassVar[int]
+    BAD_ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    carrier: str
+    bytes: int
+    connects: int
+    bad_answers: int
+    def __init__(self, name: _Optional[str] = ..., carrier: _Optional[str] = ..., bytes: _Optional[int] = ..., connects: _Optional[int] = ..., bad_answers: _Optional[int] = ...) -> None: ...
+
+class VcpuStatus(_message.Message):
+    __slots__ = ("vcpu", "blocked_s", "waiting_s", "waiting_page", "exits")
+    VCPU_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    WAITING_PAGE_FIELD_NUMBER: _ClassVar[int]
+    EXITS_FIELD_NUMBER: _ClassVar[int]
+    vcpu: int
+    blocked_s: float
+    waiting_s: float
+    waiting_page: int
+    exits: int
+    def __init__(self, vcpu: _Optional[int] = ..., blocked_s: _Optional[float] = ..., waiting_s: _Optional[float] = ..., waiting_page: _Optional[int] = ..., exits: _Optional[int] = ...) -> None: ...
+
 class MigrationStatus(_message.Message):
-    __slots__ = ("phase", "message", "error", "remedy", "guest_pages", "installed_pages", "zero_pages", "removed_pages", "demand_faults", "faults_by_source", "fault_latency", "bytes_on_wire", "downtime_ms", "postcopy_s", "fault_source", "page_size_bytes", "connected", "counters", "checks")
+    __slots__ = ("phase", "message", "error", "remedy", "guest_pages", "installed_pages", "zero_pages", "removed_pages", "demand_faults", "faults_by_source", "fault_latency", "bytes_on_wire", "downtime_ms", "postcopy_s", "fault_source", "page_size_bytes", "connected", "counters", "checks", "lanes", "vcpus", "map", "eta_s", "background_bytes_per_s", "longest_wait_s")
     class FaultsBySourceEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +149,12 @@ class MigrationStatus(_message.Message):
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    VCPUS_FIELD_NUMBER: _ClassVar[int]
+    MAP_FIELD_NUMBER: _ClassVar[int]
+    ETA_S_FIELD_NUMBER: _ClassVar[int]
+    BACKGROUND_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     message: str
     error: str
@@ -128,7 +174,13 @@ class MigrationStatus(_message.Message):
     connected: bool
     counters: _containers.ScalarMap[str, int]
     checks: _containers.RepeatedCompositeFieldContainer[Check]
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., message: _Optional[str] = ..., error: _Optional[str] = ..., remedy: _Optional[str] = ..., guest_pages: _Optional[int] = ..., installed_pages: _Optional[int] = ..., zero_pages: _Optional[int] = ..., removed_pages: _Optional[int] = ..., demand_faults: _Optional[int] = ..., faults_by_source: _Optional[_Mapping[str, int]] = ..., fault_latency: _Optional[_Union[LatencySummary, _Mapping]] = ..., bytes_on_wire: _Optional[int] = ..., downtime_ms: _Optional[float] = ..., postcopy_s: _Optional[float] = ..., fault_source: _Optional[str] = ..., page_size_bytes: _Optional[int] = ..., connected: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ...) -> None: ...
+    lanes: _containers.RepeatedCompositeFieldContainer[LaneStatus]
+    vcpus: _containers.RepeatedCompositeFieldContainer[VcpuStatus]
+    map: bytes
+    eta_s: float
+    background_bytes_per_s: int
+    longest_wait_s: float
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., message: _Optional[str] = ..., error: _Optional[str] = ..., remedy: _Optional[str] = ..., guest_pages: _Optional[int] = ..., installed_pages: _Optional[int] = ..., zero_pages: _Optional[int] = ..., removed_pages: _Optional[int] = ..., demand_faults: _Optional[int] = ..., faults_by_source: _Optional[_Mapping[str, int]] = ..., fault_latency: _Optional[_Union[LatencySummary, _Mapping]] = ..., bytes_on_wire: _Optional[int] = ..., downtime_ms: _Optional[float] = ..., postcopy_s: _Optional[float] = ..., fault_source: _Optional[str] = ..., page_size_bytes: _Optional[int] = ..., connected: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[LaneStatus, _Mapping]]] = ..., vcpus: _Optional[_Iterable[_Union[VcpuStatus, _Mapping]]] = ..., map: _Optional[bytes] = ..., eta_s: _Optional[float] = ..., background_bytes_per_s: _Optional[int] = ..., longest_wait_s: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ()

@@ -49,6 +49,11 @@ class ReceiverServiceStub:
                 request_serializer=farfault_dot_v1_dot_receiver__pb2.WatchRequest.SerializeToString,
                 response_deserializer=farfault_dot_v1_dot_receiver__pb2.MigrationStatus.FromString,
                 _registered_method=True)
+        self.Tune = channel.unary_unary(
+                '/farfault.v1.ReceiverService/Tune',
+                request_serializer=farfault_dot_v1_dot_receiver__pb2.TuneRequest.SerializeToString,
+                response_deserializer=farfault_dot_v1_dot_receiver__pb2.TuneResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/farfault.v1.ReceiverService/Abort',
                 request_serializer=farfault_dot_v1_dot_receiver__pb2.AbortRequest.SerializeToString,
@@ -81,6 +86,13 @@ class ReceiverServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tune(self, request, context):
+        """Changes a running migration: the background lane's bandwidth cap. Demand is never capped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Brings the source back. FAILED_PRECONDITION after the point of no return.
         """
@@ -105,6 +117,11 @@ def add_ReceiverServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=farfault_dot_v1_dot_receiver__pb2.WatchRequest.FromString,
                     response_serializer=farfault_dot_v1_dot_receiver__pb2.MigrationStatus.SerializeToString,
+            ),
+            'Tune': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tune,
+                    request_deserializer=farfault_dot_v1_dot_receiver__pb2.TuneRequest.FromString,
+                    response_serializer=farfault_dot_v1_dot_receiver__pb2.TuneResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -193,6 +210,33 @@ class ReceiverService:
             '/farfault.v1.ReceiverService/Watch',
             farfault_dot_v1_dot_receiver__pb2.WatchRequest.SerializeToString,
             farfault_dot_v1_dot_receiver__pb2.MigrationStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farfault.v1.ReceiverService/Tune',
+            farfault_dot_v1_dot_receiver__pb2.TuneRequest.SerializeToString,
+            farfault_dot_v1_dot_receiver__pb2.TuneResponse.FromString,
             options,
             channel_credentials,
             insecure,

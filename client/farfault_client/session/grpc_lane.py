@@ -1,0 +1,89 @@
+"""A lane over gRPC: one or several bidirectional streams of a connection of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+from farfault.v1 import pages_pb2 as pb
+from farfault.v1 import pages_pb2_grpc
+
+from farfault_client.session.answers import Answer, verify
+from farfault_client.session.lane import Lane, LaneLostError, LaneStats, LaneUser
+from farfault_client.session.lease import Lease, Peer
+
+PageStream = grpc.aio.StreamStreamCall[pb.FetchRequest, pb.PageBatch]
+
+
+class GrpcLane:
+    """A `LaneDriver` over gRPC. Connects lazily: a dead peer shows in `run`.
+
+    Args:
+        lane: which.
+        peer: host, port and credentials.
+        lease: whose pages.
+        user: see `LaneUser`.
+        stats: counted into.
+        streams: parallel streams; one message at a time is serialized on each.
+    """
+
+    carrier = "grpc"
+
+    def __init__(self, lane: Lane, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, streams: int) -> None:
+        self._lane = lane
+        self._lease = lease
+        self._user = user
+        self._stats = stats
+        self._channel = peer.channel()
+        stub = pages_pb2_grpc.PageServiceStub(self._channel)
+        call = stub.Demand if lane is Lane.DEMAND else stub.Background
+        self._streams: Sequence[PageStream] = [call(metadata=lease.metadata()) for _ in range(streams)]
+        self._wakes = [asyncio.Event() for _ in self._streams]
+        self._next = 0
+
+    def pump(self) -> None:
+        self._wakes[self._next % len(self._wakes)].set()
+        self._next += 1
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stream, wake in zip(self._streams, self._wakes, strict=True):
+                    wake.set()
+                    group.create_task(self._send(stream, wake))
+                    group.create_task(self._receive(stream))
+        except BaseExceptionGroup as errors:
+            error = _first(errors)
+            if isinstance(error, asyncio.InvalidStateError):  # a write after the stream had ended
+                error = LaneLostError(str(error))
+            raise error from None
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def _send(self, stream: PageStream, wake: asyncio.Event) -> None:
+        while True:
+            await wake.wait()
+            wake.clear()
+            while (request := self._user.next_request(self._lane)) is not None:
+                await stream.write(request)
+
+    async def _receive(self, stream: PageStream) -> None:
+        while True:
+            batch = await stream.read()
+            if not isinstance(batch, pb.PageBatch):
+                raise LaneLostError(f"the page server ended the {self._lane.value} stream")
+            self._stats.wire_bytes += batch.ByteSize()
+            self._user.answered(self._lane, self._verified(batch))
+
+    def _verified(self, batch: pb.PageBatch) -> Answer:
+        return verify(batch, self._lease.layout, self._lease.generation)
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
