@@ -105,12 +105,15 @@ class PageMap:
         assert match is not None
         return PageRun(PageIndex(first), match.end() - first)
 
-    def counts(self) -> dict[PageState, int]:
-        """Pages by state; a scan of the whole map in C."""
+    def counts(self, first: int = 0, end: int | None = None) -> dict[PageState, int]:
+        """Pages by state within ``[first, end)``, by default all; a scan in C."""
+        end = self.page_count if end is None else end
         counts = dict.fromkeys(PageState, 0)
-        counts[PageState.ABSENT] = self._bytes.count(ABSENT_BYTE)
-        counts[PageState.INSTALLED] = self._bytes.count(INSTALLED_BYTE)
-        counts[PageState.REMOVED] = self._bytes.count(REMOVED_BYTE)
-        counts[PageState.IN_FLIGHT] = sum(self._bytes.count(IN_FLIGHT_BASE | priority) for priority in Priority)
-        counts[PageState.WANTED] = self.page_count - sum(counts.values())
+        counts[PageState.ABSENT] = self._bytes.count(ABSENT_BYTE, first, end)
+        counts[PageState.INSTALLED] = self._bytes.count(INSTALLED_BYTE, first, end)
+        counts[PageState.REMOVED] = self._bytes.count(REMOVED_BYTE, first, end)
+        moving = end - first - sum(counts.values())
+        if moving:
+            in_flight = sum(self._bytes.count(IN_FLIGHT_BASE | priority, first, end) for priority in Priority)
+            counts[PageState.IN_FLIGHT], counts[PageState.WANTED] = in_flight, moving - in_flight
         return counts
