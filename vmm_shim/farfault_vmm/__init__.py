@@ -33,9 +33,9 @@ capabilities``               "x-ignore-shared", "state": true},
                              {"capability": "events", ...}]}``
 ``getfd``                    ``{"fdname": "farfault-state"}``        ``{}``; the descriptor came by SCM_RIGHTS with
                                                                      one blank right before the command
-``closefd``                  ``{"fdname": "farfault-state"}``        ``{}``; an error where no such name is open
 ``stop``                     none                                    ``{}``, after the event STOP
-``cont``                     none                                    ``{}``; the event RESUME comes before or after
+``cont``                     none                                    ``{}`` and, before or after it, the event RESUME,
+                                                                     also where the VM ran already
 ``migrate``                  ``{"uri": "fd:farfault-state"}``        ``{}`` at once; then writes the device state to
                                                                      the descriptor (a stream socket), closes it
 ``migrate-incoming``         ``{"uri": "fd:farfault-state"}``        ``{}`` at once; then reads the device state from
@@ -44,9 +44,10 @@ capabilities``               "x-ignore-shared", "state": true},
 ``quit``                     none                                    ``{}``, then the VMM ends
 ============================ ======================================= ==============================================
 
-``getfd`` names are used up by ``migrate`` and ``migrate-incoming``. S is one of ``running``, ``paused``,
-``prelaunch``, ``inmigrate`` (started to receive, nothing loaded), ``postmigrate`` (state saved; ``cont`` resumes);
-other values mean that the VM can not be moved. After a load S is ``paused``: the VM never starts on its own.
+``getfd`` of a name that is open replaces it; ``migrate`` and ``migrate-incoming`` use a name up. S is one of
+``running``, ``paused``, ``prelaunch``, ``inmigrate`` (started to receive, nothing loaded), ``postmigrate`` (state
+saved; ``cont`` resumes); with another value the VM can not be moved. After a load S is ``paused``: the VM never
+starts on its own.
 
 ================ ============================= ==================================================================
 event            data                          when

@@ -1,0 +1,413 @@
+"""One VMM under control: what both the page server and the receiver need of it.
+
+The source side, around a generator that stops the VM and yields its device state::
+
+    vmm = await QmpVmm.connect("/run/vm.qmp")
+    await vmm.prepare_source()
+    async for chunk in vmm.suspend():
+        ...                     # leaving early, or an error, lets the VM run on as before
+    await vmm.resume()          # rolls back later, if the destination refuses
+
+The destination side::
+
+    vmm = await QmpVmm.connect("/run/vm.qmp")
+    await vmm.prepare_destination()
+    await vmm.load(chunks)      # `chunks` is first asked when the VMM already listens
+    resumed_unix_us = await vmm.cont()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from types import TracebackType
+
+from farfault_cli.errors import FarfaultError, PreflightError, UnreachableError
+from qemu.qmp import EventListener
+
+from farfault_vmm.connection import CommandError, Event, QmpConnection
+from farfault_vmm.description import DESTINATION_STATUS, IGNORE_SHARED, MemoryBackend, VmDescription
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+EVENT_TIMEOUT_S = 10.0
+"""For STOP, RESUME, and the end of a migration that was cancelled."""
+SAVE_TIMEOUT_S = 60.0
+"""For the next bytes of the device state from the source VMM."""
+LOAD_TIMEOUT_S = 120.0
+"""For the device state into the destination VMM, pages that it has to wait for included."""
+QUIT_TIMEOUT_S = 10.0
+
+CHUNK_BYTES_MAX = 256 << 10
+DEVICE_STATE_BYTES_MAX = 1 << 30
+"""Far more than devices have; more means that RAM travels in the device state."""
+
+CONT_ATTEMPTS_MAX = 100
+CONT_PAUSE_S = 0.02
+"""QEMU refuses ``cont`` for the moment in which a failed migration is being tidied up, and tells no end of it."""
+
+STATE_FD_NAME = "farfault-state"
+STATE_URI = f"fd:{STATE_FD_NAME}"
+RUNNING = "running"
+PAUSED = "paused"
+SETTLED = frozenset({"", "none", "completed", "failed", "cancelled"})
+"""Migration statuses in which nothing is under way."""
+
+
+class QmpVmm:
+    """A VMM on the other end of a QMP connection. Use as an async context manager, or `close` it.
+
+    Every method raises `UnreachableError` when the VMM is gone or does not answer within the bound that the module
+    names, and `farfault_vmm.connection.CommandError` when it refuses a command.
+
+    Attributes:
+        stopped_unix_us: when the VM stopped, by its host's clock; None before `suspend` has stopped it.
+    """
+
+    def __init__(self, connection: QmpConnection) -> None:
+        self.stopped_unix_us: int | None = None
+        self._connection = connection
+
+    @classmethod
+    async def connect(cls, path: str | os.PathLike[str], timeout_s: float = CONNECT_TIMEOUT_S) -> QmpVmm:
+        """Connects to the QMP socket of a VMM.
+
+        Raises:
+            UnreachableError: it can not be had; the remedy says what to do.
+        """
+        return cls(await QmpConnection.connect(path, timeout_s))
+
+    async def __aenter__(self) -> QmpVmm:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection; the VM stays as it is. Idempotent."""
+        await self._connection.close()
+
+    async def wait_closed(self) -> None:
+        """Returns when the connection is gone: the VMM has ended, or `close` was called."""
+        await self._connection.wait_lost()
+
+    # ---- both sides ------------------------------------------------------------------------------
+
+    async def describe(self) -> VmDescription:
+        """What the VM is, for `compare`. Call it after the `prepare_*` of its side: it lists what is on."""
+        execute = self._connection.execute
+        machine_type = await execute("qom-get", {"path": "/machine", "property": "type"})
+        backends = await execute("query-memdev")
+        kvm = await execute("query-kvm")
+        capabilities = await execute("query-migrate-capabilities")
+        try:
+            return VmDescription(
+                vmm=_name_and_version(self._connection.version),
+                # The type in QEMU's object model carries the versioned name, whatever alias was given to -machine.
+                machine_type=str(machine_type).removesuffix("-machine"),
+                vcpus=len(await execute("query-cpus-fast")),
+                status=await self.status(),
+                memory=tuple(MemoryBackend(item.get("id", ""), item["size"], item["share"]) for item in backends),
+                capabilities=tuple(item["capability"] for item in capabilities if item["state"]),
+                accelerator="kvm" if kvm["enabled"] else "tcg",
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FarfaultError(
+                f"the VMM at {self._connection.path} describes itself in a way that is not QMP: {error!r}",
+                "the documentation of the package farfault_vmm lists the replies that a VMM must give",
+            ) from error
+
+    async def status(self) -> str:
+        """The run state: ``running``, ``paused``, ``inmigrate``, ``postmigrate`` ..."""
+        return str((await self._connection.execute("query-status"))["status"])
+
+    async def stop(self) -> None:
+        """Stops the vCPUs. No error where they stand already."""
+        await self._connection.execute("stop")
+
+    async def cont(self) -> int:
+        """Lets the vCPUs run.
+
+        Returns:
+            When they started, Unix time in microseconds by the VMM's clock.
+        """
+        with self._connection.events("RESUME") as events:
+            await self._continue()
+            return (await self._connection.next_event(events, EVENT_TIMEOUT_S, "the start of the vCPUs")).unix_us
+
+    async def quit(self) -> None:
+        """Ends the VMM and waits until its connection is gone."""
+        with suppress(UnreachableError):  # gone before it answered
+            await self._connection.execute("quit")
+        try:
+            async with asyncio.timeout(QUIT_TIMEOUT_S):
+                await self.wait_closed()
+        except TimeoutError as error:
+            raise UnreachableError(
+                f"the VMM at {self._connection.path} did not end in {QUIT_TIMEOUT_S:g} s", "end its process"
+            ) from error
+
+    # ---- source ----------------------------------------------------------------------------------
+
+    async def prepare_source(self) -> None:
+        """Sets the migration up as far as a running VM allows. The capabilities stay on. Idempotent.
+
+        Raises:
+            PreflightError: the VMM can not leave shared memory out of the device state.
+        """
+        await self._set_capabilities()
+
+    async def suspend(self, *, resume_on_failure: bool = True) -> AsyncIterator[bytes]:
+        """Stops the VM and yields its device state; `stopped_unix_us` is set before the first chunk.
+
+        The VM's memory does not change from the first chunk on. After the last one the VM is in the state
+        ``postmigrate`` and stays there until `resume`. Anything else than reaching the end (an error, a
+        cancellation, ``aclose()``) cancels the migration, and a VM that ran before runs again.
+
+        Args:
+            resume_on_failure: False leaves the VM stopped on failure.
+
+        Yields:
+            Chunks of at most `CHUNK_BYTES_MAX` bytes, at least one.
+
+        Raises:
+            FarfaultError: the VMM could not save its state; the message has its reason.
+        """
+        await self.prepare_source()
+        was_running = await self.status() == RUNNING
+        ours, theirs = socket.socketpair()
+        with ours, theirs, self._connection.events("STOP", "MIGRATION") as events:
+            ours.setblocking(False)
+            await self._connection.pass_descriptor(theirs.fileno(), STATE_FD_NAME)
+            theirs.close()
+            try:
+                await self._stop_and_migrate(events, was_running)
+                size_bytes = 0
+                while chunk := await _receive(ours):
+                    size_bytes += len(chunk)
+                    _check_size(size_bytes)
+                    yield chunk
+                await self._wait_saved(events)
+            except BaseException:
+                # Also GeneratorExit and CancelledError: the VM must not stay stopped because a client left.
+                ours.close()
+                roll_back = asyncio.create_task(self._roll_back(was_running and resume_on_failure), name="roll back")
+                await asyncio.shield(roll_back)
+                raise
+
+    async def cancel(self) -> None:
+        """Ends a migration that is under way and waits until it has ended; the vCPUs stay stopped. Idempotent."""
+        await self._connection.execute("migrate_cancel")
+        with self._connection.events("MIGRATION") as events:
+            status = (await self._connection.execute("query-migrate")).get("status", "")
+            while status not in SETTLED:
+                status = (
+                    await self._connection.next_event(events, EVENT_TIMEOUT_S, "the end of a cancelled migration")
+                ).status
+
+    async def resume(self) -> None:
+        """Rolls back: ends a migration that is under way and lets the VM run. Idempotent."""
+        await self.cancel()
+        if await self.status() != RUNNING:
+            await self.cont()
+
+    # ---- destination -----------------------------------------------------------------------------
+
+    async def prepare_destination(self) -> None:
+        """Sets the VMM up to receive. Idempotent.
+
+        Raises:
+            PreflightError: it was not started to receive, or can not leave shared memory out.
+        """
+        status = await self.status()
+        if status != DESTINATION_STATUS:
+            raise PreflightError(
+                f"the destination VMM at {self._connection.path} does not wait for a VM: its status is {status!r}",
+                "start it with -incoming defer",
+            )
+        await self._set_capabilities()
+
+    async def load(self, chunks: AsyncIterator[bytes]) -> None:
+        """Loads a device state; afterwards the VM is ``paused`` and `cont` lets it run.
+
+        The first chunk is asked for when the VMM already listens, so that an iterator which stops the source at
+        that moment loses no time. The iterator is always read to its end. After a failed load the VMM can not
+        be used again: QEMU ends itself.
+
+        Args:
+            chunks: what `suspend` of the source yielded.
+
+        Raises:
+            FarfaultError: the VMM refused the state, or the VM started on its own; whatever `chunks` raises.
+        """
+        ours, theirs = socket.socketpair()
+        with ours, theirs, self._connection.events("MIGRATION", "RESUME") as events:
+            ours.setblocking(False)
+            await self._connection.pass_descriptor(theirs.fileno(), STATE_FD_NAME)
+            theirs.close()
+            try:
+                await self._connection.execute("migrate-incoming", {"uri": STATE_URI})
+            except CommandError as error:
+                raise _not_loaded(error.description) from error
+            feeding = asyncio.create_task(_feed(ours, chunks), name="feed device state")
+            loading = asyncio.create_task(self._wait_loaded(events), name="load device state")
+            try:
+                _, waiting = await asyncio.wait(
+                    {feeding, loading}, timeout=LOAD_TIMEOUT_S, return_when=asyncio.FIRST_EXCEPTION
+                )
+                for task in {feeding, loading} - waiting:
+                    task.result()
+                if waiting:
+                    raise _not_loaded(f"it took longer than {LOAD_TIMEOUT_S:g} s, perhaps for pages that did not come")
+            finally:
+                feeding.cancel()
+                loading.cancel()
+                await asyncio.gather(feeding, loading, return_exceptions=True)
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    async def _set_capabilities(self) -> None:
+        wanted = [{"capability": name, "state": True} for name in (IGNORE_SHARED, "events")]
+        try:
+            await self._connection.execute("migrate-set-capabilities", {"capabilities": wanted})
+        except CommandError as error:
+            raise PreflightError(
+                f"the VMM at {self._connection.path} can not leave shared memory out: {error.description}",
+                "use QEMU 4.0 or later, and no other migration may be under way",
+            ) from error
+
+    async def _stop_and_migrate(self, events: EventListener, was_running: bool) -> None:
+        """Both commands go out together: one round trip less while the VM stands still."""
+        self.stopped_unix_us = _now_us()
+        stop = asyncio.ensure_future(self._connection.execute("stop"))
+        migrate = asyncio.ensure_future(self._connection.execute("migrate", {"uri": STATE_URI}))
+        try:
+            await stop
+            await migrate
+        finally:
+            await asyncio.gather(stop, migrate, return_exceptions=True)
+        while was_running:
+            event = await self._connection.next_event(events, EVENT_TIMEOUT_S, "the stop of the vCPUs")
+            if event.name == "STOP":
+                self.stopped_unix_us = event.unix_us
+                return
+
+    async def _wait_saved(self, events: EventListener) -> None:
+        event = Event("", "", 0)
+        while event.status not in SETTLED - {""}:
+            event = await self._connection.next_event(events, EVENT_TIMEOUT_S, "the end of saving the device state")
+        if event.status != "completed":
+            raise FarfaultError(
+                f"the source VMM could not save its device state: {await self._reason(event.status)}",
+                "the source VM runs as before; its VMM's log may say more",
+            )
+
+    async def _wait_loaded(self, events: EventListener) -> None:
+        try:
+            status = await self._next_load_status(events)
+        except UnreachableError as error:
+            if not self._connection.is_lost:
+                raise
+            raise _not_loaded("it ended while it loaded, and told why only in its log") from error
+        if status != "completed":
+            raise _not_loaded(await self._reason(status))
+
+    async def _next_load_status(self, events: EventListener) -> str:
+        """The status in which the load ended."""
+        while True:
+            event = await self._connection.next_event(events, LOAD_TIMEOUT_S, "the end of loading the device state")
+            if event.name == "RESUME":
+                raise FarfaultError(
+                    "the destination VM started on its own, before the hand-over",
+                    "end it at once; the source VM must have been stopped before its state was saved",
+                )
+            if event.status in SETTLED:
+                return event.status
+
+    async def _reason(self, status: str) -> str:
+        """The VMM's own words about a migration that did not complete, where it has any."""
+        with suppress(FarfaultError):
+            migration = await self._connection.execute("query-migrate")
+            if description := migration.get("error-desc"):
+                return str(description)
+        return f"the migration ended as {status!r}"
+
+    async def _roll_back(self, run: bool) -> None:
+        """Never raises: it runs while another error is on its way to the caller."""
+        try:
+            await self.cancel()
+            if run and await self.status() != RUNNING:
+                await self.cont()
+                logger.info("suspend was broken off: the VM runs again")
+        except FarfaultError as error:
+            logger.error("suspend was broken off, and the VM could not be started again: %s", error)
+
+    async def _continue(self) -> None:
+        """Sends ``cont`` until it is taken."""
+        for attempt in range(1, CONT_ATTEMPTS_MAX + 1):
+            try:
+                await self._connection.execute("cont")
+                return
+            except CommandError:
+                if attempt == CONT_ATTEMPTS_MAX or await self.status() != "finish-migrate":
+                    raise
+                await asyncio.sleep(CONT_PAUSE_S)
+
+
+def _name_and_version(version: object) -> str:
+    """``{"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}`` → ``qemu 7.2.22``."""
+    assert isinstance(version, dict)
+    name = next(key for key in version if key != "package")
+    numbers = version[name]
+    return f"{name} {numbers['major']}.{numbers['minor']}.{numbers['micro']}"
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def _not_loaded(reason: str) -> FarfaultError:
+    return FarfaultError(
+        f"the destination VMM did not load the device state: {reason}",
+        "start it anew with -incoming defer and the very options of the source; both need x-ignore-shared and share=on",
+    )
+
+
+async def _receive(state: socket.socket) -> bytes:
+    """What the VMM wrote next; empty when it has closed its end."""
+    try:
+        async with asyncio.timeout(SAVE_TIMEOUT_S):
+            return await asyncio.get_running_loop().sock_recv(state, CHUNK_BYTES_MAX)
+    except TimeoutError as error:
+        raise FarfaultError(f"the source VMM wrote no device state for {SAVE_TIMEOUT_S:g} s") from error
+    except OSError as error:
+        raise FarfaultError(f"the source VMM broke off its device state: {error}") from error
+
+
+def _check_size(size_bytes: int) -> None:
+    if size_bytes > DEVICE_STATE_BYTES_MAX:
+        raise FarfaultError(
+            f"the device state has more than {DEVICE_STATE_BYTES_MAX >> 20} MiB: RAM travels in it",
+            "start the source VMM with share=on for every memory backend",
+        )
+
+
+async def _feed(state: socket.socket, chunks: AsyncIterator[bytes]) -> None:
+    """Writes the chunks and closes the socket. A VMM that stops reading is no error here: it says why elsewhere."""
+    loop = asyncio.get_running_loop()
+    broken = False
+    async for chunk in chunks:
+        if not broken:
+            try:
+                await loop.sock_sendall(state, chunk)
+            except OSError:
+                broken = True
+    state.close()
