@@ -75,7 +75,9 @@ def _run(argv: Sequence[str], package: str, directory: Path | None = None) -> st
     if shutil.which(argv[0]) is None:
         raise FarfaultError(f"{package} is needed and {argv[0]} is not here to fetch it", f"install {package} by hand")
     try:
-        done = subprocess.run(argv, cwd=directory, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            argv, cwd=directory, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         raise FarfaultError(f"{' '.join(argv)} took longer than {COMMAND_TIMEOUT_S} s", remedy) from None
     if done.returncode:

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 
 _LINE = re.compile(
-    rb"^(?:T (?P<tick>\d+) (?P<hash>[0-9a-f]{16}) bad=(?P<bad>\d+)|D (?P<read>\d+) (?P<verdict>ok|BAD))\r*$", re.MULTILINE
+    rb"^(?:T (?P<tick>\d+) (?P<hash>[0-9a-f]{16}) bad=(?P<bad>\d+)|D \d+ (?P<verdict>ok|BAD))\r*$",
+    re.MULTILINE,
 )
 _PANIC = re.compile(rb"Kernel panic[^\r\n]*")
 
