@@ -135,8 +135,7 @@ def decode_batch(raw: bytes) -> DecodedBatch:
     Raises:
         DecodeError: the bytes are no PageBatch (google.protobuf.message.DecodeError).
     """
-    position, end = 0, len(raw)
-    if end <= SMALL_BATCH_BYTES:
+    if len(raw) <= SMALL_BATCH_BYTES:
         small = pb.PageBatch.FromString(raw)
         return DecodedBatch(small, small.data, 0, len(small.data))
     return _decode_large(raw)
