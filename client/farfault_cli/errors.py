@@ -69,3 +69,10 @@ class VerificationError(FarfaultError):
     """A guest or a page was found wrong."""
 
     exit_code = 7
+
+
+def error_of_exit_code(exit_code: int, problem: str, remedy: str = "") -> FarfaultError:
+    """The error that another process ended with."""
+    classes = (UsageError, PreflightError, RolledBackError, GuestWaitsError, UnreachableError, VerificationError)
+    kind = next((kind for kind in classes if kind.exit_code == exit_code), FarfaultError)
+    return kind(problem, remedy)

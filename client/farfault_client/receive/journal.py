@@ -13,7 +13,7 @@ from pathlib import Path
 
 from farfault_cli.errors import UsageError
 
-from farfault_client.session.session import Lease
+from farfault_client.session.lease import LeaseKey
 
 
 class Step(StrEnum):
@@ -39,8 +39,8 @@ class Record:
     generation: int
 
     @property
-    def lease(self) -> Lease:
-        return Lease(self.lease_id, self.token, self.generation)
+    def lease(self) -> LeaseKey:
+        return LeaseKey(self.lease_id, self.token, self.generation)
 
 
 class Journal:
@@ -76,6 +76,11 @@ class Journal:
         """Moves on to a step."""
         assert self.record is not None
         self.write(replace(self.record, step=step))
+
+    def write_generation(self, step: Step, generation: int) -> None:
+        """Moves on to a step, and remembers the generation of the memory that was frozen."""
+        assert self.record is not None
+        self.write(replace(self.record, step=step, generation=generation))
 
     def forget(self) -> None:
         """The move is over; nothing is left to take up again."""

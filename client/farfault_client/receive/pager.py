@@ -132,7 +132,8 @@ class Pager:
         """
         if vmm.layout != self.layout:
             raise ValueError(
-                f"the VMM's memory {_sizes(vmm.layout)} is not what the page server holds, {_sizes(self.layout)}"
+                f"the VMM's memory, {layout_text(vmm.layout)}, is not what the page server holds, "
+                f"{layout_text(self.layout)}"
             )
         self._vmm = vmm
         self._installer = _installer_of(vmm)
@@ -305,7 +306,7 @@ class Pager:
             self.engine.lost(answer.done)
             return
         for install in self.engine.arrived(answer.extents, answer.done, time.monotonic()):
-            self._install(install, answer.data)
+            self._install(install, answer.data, answer.data_offset)
         self.session.pump(Lane.BACKGROUND)
         self._check_finished()
 
@@ -329,7 +330,8 @@ class Pager:
 
     # ---- into memory -----------------------------------------------------------------------------
 
-    def _install(self, install: Install, data: bytes) -> None:
+    def _install(self, install: Install, data: bytes, base: int = 0) -> None:
+        """Puts pages into memory; their bytes begin at `base` + ``install.data_offset`` of `data`."""
         assert self._installer is not None
         run, zero = install.run, install.data_offset < 0
         for _ in range(DRAIN_ATTEMPTS_MAX):
@@ -337,7 +339,7 @@ class Pager:
                 if zero:
                     result = self._installer.install_zero(run)
                 else:
-                    result = self._installer.install(run, data, install.data_offset)
+                    result = self._installer.install(run, data, base + install.data_offset)
             except DrainEvents as drain:
                 result = drain.partial
                 self._read_events()
@@ -399,7 +401,8 @@ def _installer_of(vmm: AttachedVmm) -> Installer:
     return UffdInstaller(vmm.layout, vmm.handover, vmm.uffd, vmm.alias_uffd)
 
 
-def _sizes(layout: Layout) -> str:
+def layout_text(layout: Layout) -> str:
+    """Sizes for a message: ``128 MiB of 4 KiB pages``."""
     return ", ".join(
         f"{region.size_bytes >> 20} MiB of {region.page_size_bytes >> 10} KiB pages" for region in layout.regions
     )

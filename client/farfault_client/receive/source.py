@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import NamedTuple
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc.aio
 import xxhash
@@ -14,50 +16,63 @@ from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_vmm.description import VmDescription
 
 from farfault_client.session.backoff import backoff
-from farfault_client.session.session import Session, explain
+from farfault_client.session.lease import explain
+from farfault_client.session.session import Session
 
 CALL_TIMEOUT_S = 15.0
 SUSPEND_TIMEOUT_S = 60.0
 DEVICE_STATE_BYTES_MAX = 1 << 30
 
 
-class DeviceState(NamedTuple):
-    """What `SourceVm.suspend` brings."""
-
-    data: bytes
-    generation: int
-
-
 class SourceVm:
-    """Calls on the source VM under a session's lease. Every method raises FarfaultError with the server's reason."""
+    """Calls on the source VM under a session's lease. Every method raises FarfaultError with the server's reason.
+
+    Attributes:
+        stopped_at: when the source VM stopped, in seconds of this host's monotonic clock, less the time that
+            the answer travelled; 0 before `suspend`.
+        state_bytes: size of the device state.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.stopped_at = 0.0
+        self.state_bytes = 0
 
     async def describe(self) -> VmDescription:
         response = await self._call(self._stub().DescribeVm, pb.DescribeVmRequest())
         return VmDescription.from_proto(response.description)
 
-    async def suspend(self) -> DeviceState:
-        """Stops the VM and fetches its device state, whole and checked."""
-        chunks: list[bytes] = []
-        size_bytes = 0
+    async def suspend(self, on_frozen: Callable[[int], None]) -> AsyncIterator[bytes]:
+        """Stops the VM and yields its device state. The last byte is only yielded once the whole is checked.
+
+        Args:
+            on_frozen: called with the generation of the frozen memory before the first byte is yielded.
+        """
+        digest, held, frozen = xxhash.xxh3_64(), b"", False
         try:
             call = self._stub().Suspend(
-                pb.SuspendRequest(), metadata=self._session.metadata(), timeout=SUSPEND_TIMEOUT_S
+                pb.SuspendRequest(), metadata=self._session.lease_metadata(), timeout=SUSPEND_TIMEOUT_S
             )
             async for chunk in call:
-                chunks.append(chunk.data)
-                size_bytes += len(chunk.data)
-                if size_bytes > DEVICE_STATE_BYTES_MAX:
+                if not frozen and chunk.generation:
+                    frozen = True
+                    on_frozen(chunk.generation)
+                digest.update(chunk.data)
+                self.state_bytes += len(chunk.data)
+                if self.state_bytes > DEVICE_STATE_BYTES_MAX:
                     raise FarfaultError(f"device state is longer than {DEVICE_STATE_BYTES_MAX} bytes")
+                if chunk.stopped_for_us:
+                    self.stopped_at = time.monotonic() - chunk.stopped_for_us * 1e-6
+                if chunk.last and digest.intdigest() != chunk.checksum:
+                    raise FarfaultError("device state arrived damaged", "try again")
+                ready, held = held, chunk.data
+                if ready:
+                    yield ready
                 if chunk.last:
-                    data = b"".join(chunks)
-                    if xxhash.xxh3_64_intdigest(data) != chunk.checksum:
-                        raise FarfaultError("device state arrived damaged", "try again")
-                    return DeviceState(data, chunk.generation)
+                    yield held
+                    return
         except grpc.aio.AioRpcError as error:
-            raise explain(error, self._session.config.target) from error
+            raise explain(error, self._session.config.peer.target) from error
         raise FarfaultError("device state ended early", "see the page server's log")
 
     async def hand_over(self, generation: int) -> None:
@@ -65,29 +80,34 @@ class SourceVm:
         await self._insist(self._stub().HandOver, pb.HandOverRequest(generation=generation))
 
     async def resume(self) -> None:
-        """The source runs again."""
+        """The source runs again. Asked again until the server answers.
+
+        Raises:
+            FarfaultError: it was handed over.
+        """
         await self._insist(self._stub().Resume, pb.ResumeRequest())
 
     async def complete(self, request: pb.CompleteRequest) -> None:
         """Every page is here; asked again until the server answers."""
-        stub = pages_pb2_grpc.PageServiceStub(self._session.control_channel())
-        await self._insist(stub.Complete, request)
+        await self._insist(self._page_stub().Complete, request)
 
     async def release(self) -> None:
         """Gives the lease back."""
-        stub = pages_pb2_grpc.PageServiceStub(self._session.control_channel())
-        await self._call(stub.Release, pb.ReleaseRequest())
+        await self._call(self._page_stub().Release, pb.ReleaseRequest())
 
     def _stub(self) -> pages_pb2_grpc.SourceServiceStub:
         return pages_pb2_grpc.SourceServiceStub(self._session.control_channel())
 
-    async def _call(self, method, request):  # type: ignore[no-untyped-def]
-        try:
-            return await method(request, metadata=self._session.metadata(), timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise explain(error, self._session.config.target) from error
+    def _page_stub(self) -> pages_pb2_grpc.PageServiceStub:
+        return pages_pb2_grpc.PageServiceStub(self._session.control_channel())
 
-    async def _insist(self, method, request) -> None:  # type: ignore[no-untyped-def]
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
+        try:
+            return await method(request, metadata=self._session.lease_metadata(), timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise explain(error, self._session.config.peer.target) from error
+
+    async def _insist(self, method: Callable[..., Awaitable[Any]], request: object) -> None:
         for wait_s in backoff(random.random):
             try:
                 await self._call(method, request)

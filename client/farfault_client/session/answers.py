@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import xxhash
+from farfault.codec import DecodedBatch
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.layout import Layout, PageIndex, PageRun
 
@@ -23,7 +24,7 @@ class Answer(NamedTuple):
 
     Attributes:
         extents: in the order of `data`.
-        data: the bytes of the DATA extents.
+        data, data_offset: the bytes of the DATA extents begin there.
         done: request ids answered in full.
         refusals: names of the statuses of refused extents, e.g. ``NOT_FROZEN``.
         server_queue_us, server_read_us: the server's own measure of its two stages.
@@ -31,6 +32,7 @@ class Answer(NamedTuple):
 
     extents: list[Extent]
     data: bytes
+    data_offset: int
     done: tuple[int, ...]
     refusals: tuple[str, ...]
     server_queue_us: int
@@ -49,12 +51,13 @@ def request_of(fetch: Fetch, layout: Layout) -> pb.FetchRequest:
 _RESULTS = {pb.EXTENT_KIND_DATA: ExtentResult.DATA, pb.EXTENT_KIND_ZERO: ExtentResult.ZERO}
 
 
-def verify(batch: pb.PageBatch, layout: Layout, generation: int) -> Answer:
+def verify(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
     """Checks an answer: generation, ranges, length and checksum.
 
     Raises:
         BadAnswerError: with what is wrong; nothing of the answer may be used.
     """
+    batch = decoded.header
     if batch.generation != generation:
         raise BadAnswerError(f"memory generation {batch.generation} instead of {generation}: the source VM has run")
     if len(batch.extents) > EXTENTS_MAX:
@@ -77,14 +80,14 @@ def verify(batch: pb.PageBatch, layout: Layout, generation: int) -> Answer:
             refusals.append(_status_name(extent.kind))
         run = PageRun(PageIndex(region.first_page + extent.first_page), extent.page_count)
         extents.append(Extent(run, result))
-    data = batch.data
-    if len(data) != expected_bytes:
-        raise BadAnswerError(f"{len(data)} bytes of data for {expected_bytes} bytes of pages")
-    if data and xxhash.xxh3_64_intdigest(data) != batch.checksum:
-        raise BadAnswerError(f"checksum of {len(data)} bytes does not match")
+    if decoded.data_length != expected_bytes:
+        raise BadAnswerError(f"{decoded.data_length} bytes of data for {expected_bytes} bytes of pages")
+    if expected_bytes and xxhash.xxh3_64_intdigest(decoded.data) != batch.checksum:
+        raise BadAnswerError(f"checksum of {expected_bytes} bytes does not match")
     return Answer(
         extents,
-        data,
+        decoded.buffer,
+        decoded.data_offset,
         tuple(batch.done_request_ids),
         tuple(refusals),
         batch.server_queue_us,

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 import grpc
 import grpc.aio
+from farfault.codec import decode_batch
 from farfault.v1 import pages_pb2 as pb
-from farfault.v1 import pages_pb2_grpc
+from google.protobuf.message import DecodeError
 
-from farfault_client.session.answers import Answer, verify
+from farfault_client.session.answers import Answer, BadAnswerError, verify
 from farfault_client.session.lane import Lane, LaneLostError, LaneStats, LaneUser
 from farfault_client.session.lease import Lease, Peer
 
-PageStream = grpc.aio.StreamStreamCall[pb.FetchRequest, pb.PageBatch]
+PageStream = grpc.aio.StreamStreamCall[pb.FetchRequest, bytes]
+METHODS = {Lane.DEMAND: "/farfault.v1.PageService/Demand", Lane.BACKGROUND: "/farfault.v1.PageService/Background"}
 
 
 class GrpcLane:
@@ -31,14 +33,15 @@ class GrpcLane:
 
     carrier = "grpc"
 
-    def __init__(self, lane: Lane, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, streams: int) -> None:
+    def __init__(self, lane: Lane, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, *, streams: int) -> None:
         self._lane = lane
         self._lease = lease
         self._user = user
         self._stats = stats
         self._channel = peer.channel()
-        stub = pages_pb2_grpc.PageServiceStub(self._channel)
-        call = stub.Demand if lane is Lane.DEMAND else stub.Background
+        call: grpc.aio.StreamStreamMultiCallable[pb.FetchRequest, bytes] = self._channel.stream_stream(
+            METHODS[lane], request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
+        )
         self._streams: Sequence[PageStream] = [call(metadata=lease.metadata()) for _ in range(streams)]
         self._wakes = [asyncio.Event() for _ in self._streams]
         self._next = 0
@@ -72,13 +75,17 @@ class GrpcLane:
 
     async def _receive(self, stream: PageStream) -> None:
         while True:
-            batch = await stream.read()
-            if not isinstance(batch, pb.PageBatch):
+            raw = await stream.read()
+            if not isinstance(raw, bytes):
                 raise LaneLostError(f"the page server ended the {self._lane.value} stream")
-            self._stats.wire_bytes += batch.ByteSize()
-            self._user.answered(self._lane, self._verified(batch))
+            self._stats.wire_bytes += len(raw)
+            self._user.answered(self._lane, self._verified(raw))
 
-    def _verified(self, batch: pb.PageBatch) -> Answer:
+    def _verified(self, raw: bytes) -> Answer:
+        try:
+            batch = decode_batch(raw)
+        except DecodeError as error:
+            raise BadAnswerError(f"no PageBatch: {error}") from None
         return verify(batch, self._lease.layout, self._lease.generation)
 
 

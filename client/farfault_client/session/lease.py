@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import grpc
@@ -62,10 +63,12 @@ class Peer:
     Attributes:
         target: ``host:port``.
         credentials: None for plain TCP.
+        tls: the folder that they came from, for lanes that do not go over gRPC.
     """
 
     target: str
     credentials: grpc.ChannelCredentials | None = None
+    tls: Path | None = None
 
     @property
     def host(self) -> str:

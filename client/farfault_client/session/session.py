@@ -123,6 +123,11 @@ class Session:
             self._control = self.config.peer.channel()
         return self._control
 
+    def lease_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata of every call but Open."""
+        assert self.lease is not None, "open the session first"
+        return self.lease.metadata()
+
     @property
     def key(self) -> LeaseKey:
         """What to keep on disk."""
@@ -223,7 +228,7 @@ class Session:
         assert self.lease is not None
         config, stats = self.config, self.stats.lanes[lane]
         streams = config.demand_streams if lane is Lane.DEMAND else config.background_streams
-        return GrpcLane(lane, config.peer, self.lease, user, stats, streams)
+        return GrpcLane(lane, config.peer, self.lease, user, stats, streams=streams)
 
     def _take(self, granted: Lease) -> None:
         """Remembers a lease; lanes that run hold the object, so one that is taken up again stays the same."""

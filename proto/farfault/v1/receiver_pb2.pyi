@@ -115,7 +115,7 @@ class VcpuStatus(_message.Message):
     def __init__(self, vcpu: _Optional[int] = ..., blocked_s: _Optional[float] = ..., waiting_s: _Optional[float] = ..., waiting_page: _Optional[int] = ..., exits: _Optional[int] = ...) -> None: ...
 
 class MigrationStatus(_message.Message):
-    __slots__ = ("phase", "message", "error", "remedy", "guest_pages", "installed_pages", "zero_pages", "removed_pages", "demand_faults", "faults_by_source", "fault_latency", "bytes_on_wire", "downtime_ms", "postcopy_s", "fault_source", "page_size_bytes", "connected", "counters", "checks", "lanes", "vcpus", "map", "eta_s", "background_bytes_per_s", "longest_wait_s")
+    __slots__ = ("phase", "message", "error", "remedy", "guest_pages", "installed_pages", "zero_pages", "removed_pages", "demand_faults", "faults_by_source", "fault_latency", "bytes_on_wire", "downtime_ms", "postcopy_s", "fault_source", "page_size_bytes", "connected", "counters", "checks", "lanes", "vcpus", "map", "eta_s", "background_bytes_per_s", "exit_code", "longest_wait_s")
     class FaultsBySourceEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class MigrationStatus(_message.Message):
     MAP_FIELD_NUMBER: _ClassVar[int]
     ETA_S_FIELD_NUMBER: _ClassVar[int]
     BACKGROUND_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
     LONGEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     message: str
@@ -179,8 +180,9 @@ class MigrationStatus(_message.Message):
     map: bytes
     eta_s: float
     background_bytes_per_s: int
+    exit_code: int
     longest_wait_s: float
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., message: _Optional[str] = ..., error: _Optional[str] = ..., remedy: _Optional[str] = ..., guest_pages: _Optional[int] = ..., installed_pages: _Optional[int] = ..., zero_pages: _Optional[int] = ..., removed_pages: _Optional[int] = ..., demand_faults: _Optional[int] = ..., faults_by_source: _Optional[_Mapping[str, int]] = ..., fault_latency: _Optional[_Union[LatencySummary, _Mapping]] = ..., bytes_on_wire: _Optional[int] = ..., downtime_ms: _Optional[float] = ..., postcopy_s: _Optional[float] = ..., fault_source: _Optional[str] = ..., page_size_bytes: _Optional[int] = ..., connected: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[LaneStatus, _Mapping]]] = ..., vcpus: _Optional[_Iterable[_Union[VcpuStatus, _Mapping]]] = ..., map: _Optional[bytes] = ..., eta_s: _Optional[float] = ..., background_bytes_per_s: _Optional[int] = ..., longest_wait_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., message: _Optional[str] = ..., error: _Optional[str] = ..., remedy: _Optional[str] = ..., guest_pages: _Optional[int] = ..., installed_pages: _Optional[int] = ..., zero_pages: _Optional[int] = ..., removed_pages: _Optional[int] = ..., demand_faults: _Optional[int] = ..., faults_by_source: _Optional[_Mapping[str, int]] = ..., fault_latency: _Optional[_Union[LatencySummary, _Mapping]] = ..., bytes_on_wire: _Optional[int] = ..., downtime_ms: _Optional[float] = ..., postcopy_s: _Optional[float] = ..., fault_source: _Optional[str] = ..., page_size_bytes: _Optional[int] = ..., connected: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ..., lanes: _Optional[_Iterable[_Union[LaneStatus, _Mapping]]] = ..., vcpus: _Optional[_Iterable[_Union[VcpuStatus, _Mapping]]] = ..., map: _Optional[bytes] = ..., eta_s: _Optional[float] = ..., background_bytes_per_s: _Optional[int] = ..., exit_code: _Optional[int] = ..., longest_wait_s: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ()

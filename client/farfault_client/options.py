@@ -1,0 +1,78 @@
+"""Command-line options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from farfault_cli.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: ``512``, ``64MiB``, ``10G``; with ``/s`` allowed behind it."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?(?:/s)?", value.strip(), re.IGNORECASE)
+        if match is None or match[2].lower() not in _UNITS:
+            self.fail(f"{value!r} is no size; examples: 64MiB, 1GiB, 500M", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+SIZE = Size()
+FILE = click.Path(path_type=Path)
+
+
+def log_options(function: F) -> F:
+    """``--log-level`` and ``--json-logs``."""
+    function = click.option("--json-logs", is_flag=True, help="One JSON object a log line.")(function)
+    levels = click.Choice(["debug", "info", "warning", "error"])
+    return click.option("--log-level", type=levels, default="info", show_default=True, help="Least level logged.")(
+        function
+    )
+
+
+def source_options(function: F) -> F:
+    """How to reach a page server."""
+    for option in reversed(
+        (
+            click.option("--source", metavar="HOST:PORT", help="The page server (`farfault serve`) of the VM."),
+            click.option(
+                "--tls", type=FILE, metavar="DIR", help="Folder with ca.pem, and cert.pem and key.pem for mutual TLS."
+            ),
+            click.option("--insecure", is_flag=True, help="Plain TCP to a page server on another host."),
+            click.option(
+                "--admission-token-file", type=FILE, metavar="FILE", help="What the server asks for before a lease."
+            ),
+            click.option("--no-express", is_flag=True, help="Fetch demand pages over gRPC only."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def default_state(name: str) -> Path:
+    """Where records of a move go by default: memory that outlives a process but not a host, as the VM does."""
+    runtime = "/run/farfault" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
+    if not runtime:
+        raise UsageError("no XDG_RUNTIME_DIR for the record of the move", "name a folder with --state")
+    return Path(runtime) / name
+
+
+def split_target(target: str) -> tuple[str, int]:
+    """``host:port``; IPv6 hosts stand in brackets. Raises UsageError."""
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"{target!r} is not HOST:PORT", "for example 192.0.2.7:7777 or [2001:db8::7]:7777")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,395 @@
+"""The receiver of one VM: waits for its VMM, moves it in, streams the rest of its memory, says Complete.
+
+It may die at any moment: the VMM keeps its userfaultfd open and its guest waits; the next receiver with the same
+state folder takes the lease up again, rebuilds the set of installed pages from the kernel, and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from farfault.v1 import pages_pb2 as pb
+from farfault.v1 import receiver_pb2 as rpb
+from farfault_cli.errors import FarfaultError, GuestWaitsError, PreflightError, RolledBackError, UnreachableError
+from farfault_shim.attach.listener import AttachListener
+from farfault_shim.attach.vmm import AttachedVmm
+from farfault_shim.install.resident import resident_runs
+from farfault_vmm.qmp import QmpVmm
+
+from farfault_client.engine import EngineConfig
+from farfault_client.receive.journal import Journal, Record, Step
+from farfault_client.receive.move import Move
+from farfault_client.receive.pager import Pager, layout_text
+from farfault_client.receive.preflight import check, failed, memory_checks, vm_checks
+from farfault_client.receive.source import SourceVm
+from farfault_client.receive.status import Progress, status_of
+from farfault_client.session.backoff import backoff
+from farfault_client.session.session import Session, SessionConfig
+
+logger = logging.getLogger(__name__)
+
+RESTART_STEPS = frozenset({Step.HANDING_OVER, Step.RUNNING, Step.COMPLETED})
+"""Steps in which a VMM on this host may hold the VM: after a restart the receiver waits for it."""
+PREFLIGHT_ATTACH_TIMEOUT_S = 10.0
+"""A preflight waits this long for a VMM to attach: it retries ten times a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverConfig:
+    """What a receiver is told.
+
+    Attributes:
+        session: how to reach the page server.
+        attach: unix socket on which the VMM attaches.
+        qmp: the destination VMM's QMP socket; None: memory only, nothing is stopped or started.
+        state: folder of the journal.
+        engine: bounds, bandwidth cap.
+        allowed_uids: users whose VMMs may attach, besides root and our own.
+    """
+
+    session: SessionConfig
+    attach: Path
+    qmp: Path | None
+    state: Path
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    allowed_uids: Collection[int] = ()
+
+
+class Receiver:
+    """See the module. `start`, then `move` (or `serve_memory`), then `finish`; `close` at the end.
+
+    Attributes:
+        progress: what `status` reports besides the pager's figures.
+        changed: set and renewed at each change of phase, for watchers.
+    """
+
+    def __init__(self, config: ReceiverConfig) -> None:
+        self.config = config
+        self.journal = Journal(config.state)
+        self.session = Session(config.session, self._connection_changed)
+        self.source = SourceVm(self.session)
+        self.progress = Progress()
+        self.changed = asyncio.Event()
+        self.pager: Pager | None = None
+        self._vmm: AttachedVmm | None = None
+        self._attached = asyncio.Event()
+        self._listener: AttachListener | None = None
+        self._destination: QmpVmm | None = None
+        self._moving: asyncio.Task[None] | None = None
+        self._vmm_exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # ---- beginning and end -----------------------------------------------------------------------
+
+    async def start(self) -> Step:
+        """Opens the lease (or takes it up again), listens for the VMM. Returns the step that the move is in.
+
+        Raises:
+            UsageError: the attach socket cannot be listened on.
+            UnreachableError, FarfaultError: the page server does not answer, or refuses.
+        """
+        record = self.journal.record
+        if record is not None and record.step is Step.ROLLED_BACK:
+            self.journal.forget()
+            record = None
+        if record is None:
+            lease = await self.session.open()
+            step = Step.OPENED
+            target = self.config.session.peer.target
+            self.journal.write(Record(step, target, lease.lease_id, lease.token, lease.generation))
+        else:
+            step = record.step
+            logger.info("taking up the move that was %s", step.value)
+            await self._reopen(record)
+        self.pager = Pager(self.session, self.config.engine)
+        self._listener = await AttachListener.start(
+            self.config.attach, self._on_attached, self._on_detached, self.config.allowed_uids
+        )
+        self.session.start(self.pager)
+        assert self.session.lease is not None
+        logger.info("lease on %s; waiting for a VMM at %s", layout_text(self.session.lease.layout), self.config.attach)
+        return step
+
+    async def close(self) -> None:
+        """Ends connections and listening. The lease, the journal and the VMM stay as they are."""
+        if self._listener is not None:
+            await self._listener.close()
+        if self._destination is not None:
+            await self._destination.close()
+        await self.session.close()
+
+    async def give_back(self) -> None:
+        """Nothing was moved: the lease is released and forgotten."""
+        if self.journal.record is not None and self.journal.record.step in (Step.OPENED, Step.ROLLED_BACK):
+            try:
+                await self.source.release()
+            except FarfaultError as error:
+                logger.warning("lease not given back: %s", error.problem)
+            self.journal.forget()
+
+    # ---- the move --------------------------------------------------------------------------------
+
+    async def preflight(self) -> list[rpb.Check]:
+        """All checks. Waits a bounded time for the VMM to attach."""
+        try:
+            async with asyncio.timeout(PREFLIGHT_ATTACH_TIMEOUT_S):
+                await self._attached.wait()
+        except TimeoutError:
+            pass  # the check below says so
+        target = self.config.session.peer.target
+        checks = [check("page server", self.session.connected or self.session.error is None, f"{target} answers")]
+        checks += memory_checks(self.session, self._vmm)
+        if self.config.qmp is not None:
+            try:
+                destination = await self._connect_destination()
+                checks += await vm_checks(self.source, await destination.describe())
+            except FarfaultError as error:
+                checks.append(check("destination VMM", False, error.problem, error.remedy))
+        self.progress.checks = checks
+        return checks
+
+    async def move(self) -> None:
+        """Preflight, switchover, and the rest of memory.
+
+        Raises:
+            PreflightError: refused before anything was stopped.
+            RolledBackError: failed before the point of no return.
+            FarfaultError: failed otherwise.
+        """
+        self._phase(rpb.PHASE_PREFLIGHT)
+        bad = failed(await self.preflight())
+        if bad:
+            raise PreflightError("; ".join(f"{line.name}: {line.detail}" for line in bad), bad[0].remedy)
+        self._phase(rpb.PHASE_SWITCHOVER)
+        assert self._destination is not None
+        move = Move(self.session, self.source, self._destination, self.journal)
+        self._moving = asyncio.get_running_loop().create_task(move.run(), name="switchover")
+        try:
+            await self._moving
+        except RolledBackError:
+            await self._discard_destination()
+            raise
+        finally:
+            self._moving = None
+        self.progress.downtime_ms = move.downtime_s * 1e3
+        logger.info("the VM runs here; downtime %.1f ms", self.progress.downtime_ms)
+        await self._stream()
+
+    async def serve_memory(self) -> None:
+        """Without VMM control: pages flow as soon as a VMM attaches."""
+        await self._attached.wait()
+        self.journal.step(Step.RUNNING)
+        await self._stream()
+
+    async def take_up(self, step: Step) -> None:
+        """Goes on where the receiver before us was interrupted.
+
+        Raises:
+            RolledBackError: the move had not come to the point of no return; the source runs.
+            GuestWaitsError: the destination VMM is gone although the VM was handed over to it.
+        """
+        if step in (Step.OPENED, Step.SUSPENDING):
+            await self.source.resume()
+            self.journal.step(Step.ROLLED_BACK)
+            raise RolledBackError("the receiver was interrupted before the hand-over; the source VM runs as before")
+        if step is Step.HANDING_OVER:
+            destination = await self._connect_destination()
+            await self._attached.wait()
+            move = Move(self.session, self.source, destination, self.journal)
+            if await destination.status() == "inmigrate":
+                await move.roll_back(FarfaultError("the destination VMM holds no device state"))
+            await move.finish()
+        elif step is Step.RUNNING and self.config.qmp is not None:
+            await self._run_if_paused()
+        await self._attached.wait()
+        if step is Step.COMPLETED:
+            await self._complete()
+        else:
+            await self._stream()
+
+    async def abort(self) -> None:
+        """Stops a switchover that has not come to the point of no return.
+
+        Raises:
+            FarfaultError: there is none to stop, or it is too late; says which.
+        """
+        record = self.journal.record
+        if record is not None and record.step in RESTART_STEPS:
+            raise FarfaultError(
+                "the VM was handed over to this host: its newest state is here and the source must not run again",
+                "let the move finish; to bring the VM back, migrate it in the other direction",
+            )
+        if self._moving is None:
+            raise FarfaultError("no switchover is under way", "nothing to abort: the source VM runs")
+        self._moving.cancel()
+
+    def status(self, map_cells: int = 0) -> rpb.MigrationStatus:
+        """Everything that is known now."""
+        return status_of(self.progress, self.session, self.pager, self._vmm, map_cells)
+
+    def set_bandwidth(self, bytes_per_s: int) -> None:
+        """Caps the background lane from now on; 0: no cap."""
+        assert self.pager is not None
+        self.pager.engine.rate.bytes_per_s = bytes_per_s
+
+    def fail(self, error: FarfaultError) -> None:
+        """Records how it ended."""
+        self.progress.failed(error, rpb.PHASE_FAILED)
+        self._notify()
+
+    # ---- within ----------------------------------------------------------------------------------
+
+    async def _stream(self) -> None:
+        """The guest runs; brings the rest, and ends."""
+        assert self.pager is not None
+        self.progress.running()
+        self._phase(rpb.PHASE_POSTCOPY)
+        self.pager.start_background()
+        await self._all_installed()
+        self.progress.streamed()
+        self.pager.unregister()
+        self.journal.step(Step.COMPLETED)
+        await self._complete()
+
+    async def _all_installed(self) -> None:
+        """Waits for the last page. A VMM that only lost its connection comes back; one that has exited does not."""
+        assert self.pager is not None
+        finished = asyncio.get_running_loop().create_task(self.pager.finished.wait())
+        waits: set[asyncio.Future[Any]] = {finished, self._vmm_exited}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            finished.cancel()
+        if not self.pager.finished.is_set():
+            raise FarfaultError(
+                "the destination VMM has exited in the middle of the move",
+                "see its log; the page server still holds the memory as it was at the switchover",
+            )
+
+    async def _complete(self) -> None:
+        assert self.pager is not None
+        stats = self.pager.engine.stats
+        await self.source.complete(
+            pb.CompleteRequest(
+                generation=self.session.key.generation,
+                installed_pages=stats.installed_pages,
+                zero_pages=stats.zero_pages,
+            )
+        )
+        if self._vmm is not None:
+            self._vmm.release()
+        self.journal.forget()
+        self._phase(rpb.PHASE_DONE)
+
+    async def _run_if_paused(self) -> None:
+        """The receiver died between its record of the hand-over and `cont`."""
+        destination = await self._connect_destination()
+        if await destination.status() in ("paused", "postmigrate", "inmigrate", "prelaunch"):
+            await destination.cont()
+
+    async def _reopen(self, record: Record) -> None:
+        waits = backoff(random.random)
+        while True:
+            try:
+                await self.session.open(record.lease)
+                return
+            except UnreachableError as error:
+                if record.step not in RESTART_STEPS:
+                    raise
+                logger.warning("%s; the guest waits", error.problem)
+                await asyncio.sleep(next(waits))
+
+    async def _connect_destination(self) -> QmpVmm:
+        assert self.config.qmp is not None
+        if self._destination is None:
+            self._destination = await QmpVmm.connect(self.config.qmp)
+        return self._destination
+
+    async def _discard_destination(self) -> None:
+        """Half a VM is of no use; its VMM ends so that nobody runs it by mistake."""
+        if self._destination is None:
+            return
+        try:
+            await self._destination.quit()
+        except FarfaultError as error:
+            logger.warning("the destination VMM does not end: %s", error.problem)
+        self._destination = None
+
+    def _on_attached(self, vmm: AttachedVmm) -> None:
+        assert self.pager is not None
+        if self._vmm is not None:
+            vmm.refuse(f"the VMM with pid {self._vmm.pid} is attached already")
+            return
+        try:
+            if self.journal.record is not None and self.journal.record.step in RESTART_STEPS:
+                self._rebuild(vmm)
+            self.pager.attach(vmm)
+        except ValueError as error:
+            logger.error("VMM with pid %d refused: %s", vmm.pid, error)
+            self.progress.message = str(error)
+            vmm.refuse(str(error))
+            return
+        self._vmm = vmm
+        self._attached.set()
+        logger.info("VMM with pid %d attached, fault source %s", vmm.pid, vmm.fault_source.value)
+        self.progress.fault_source = vmm.fault_source.value
+        self._notify()
+
+    def _rebuild(self, vmm: AttachedVmm) -> None:
+        """The installed set from the kernel, never from hope."""
+        assert self.pager is not None
+        if vmm.layout != self.pager.layout:
+            return  # attach says so
+        for descriptor, region in zip(vmm.ram_fds, vmm.layout.regions, strict=True):
+            for run in resident_runs(descriptor, region):
+                self.pager.resident(run)
+        logger.info("%d pages were in memory already", self.pager.engine.settled_pages)
+
+    def _on_detached(self, vmm: AttachedVmm) -> None:
+        if self._vmm is not vmm:
+            return
+        assert self.pager is not None
+        self.pager.detach()
+        self._vmm = None
+        self._attached.clear()
+        if self.progress.phase != rpb.PHASE_DONE:
+            logger.warning("the VMM with pid %d detached", vmm.pid)
+        if not _is_alive(vmm.pid) and not self._vmm_exited.done():
+            self._vmm_exited.set_result(None)
+        self._notify()
+
+    def _connection_changed(self, connected: bool) -> None:
+        logger.info("page server %s", "connected" if connected else "out of reach; faults wait")
+        self._notify()
+
+    def _phase(self, phase: rpb.Phase) -> None:
+        self.progress.phase = phase
+        self._notify()
+
+    def _notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def outcome(receiver: Receiver, error: FarfaultError) -> FarfaultError:
+    """The error that a user should see: after the hand-over the guest waits, whatever went wrong."""
+    record = receiver.journal.record
+    if record is not None and record.step in (Step.RUNNING, Step.HANDING_OVER) and error.exit_code == 1:
+        return GuestWaitsError(error.problem, error.remedy)
+    return error
