@@ -154,9 +154,14 @@ async def _receive_handover(connection: socket.socket, descriptors: list[int]) -
         if not data:
             raise ProtocolError("the connection ended before the hand-over")
         text += data
-        if text.rstrip().endswith(b"]"):
+        if text.rstrip().endswith(b"]") and _is_whole(text):
             return HandOver.parse(text)
     raise ProtocolError(f"a hand-over longer than {HANDOVER_BYTES_MAX} bytes")
+
+
+def _is_whole(text: bytes) -> bool:
+    """False while a JSON array is still open: the end of an inner one may look like its own."""
+    return text.count(b"[") <= text.count(b"]")
 
 
 async def _follow(connection: socket.socket, vmm: AttachedVmm) -> None:
@@ -167,6 +172,10 @@ async def _follow(connection: socket.socket, vmm: AttachedVmm) -> None:
             data = await _receive(connection, descriptors)
         except OSError:
             return
+        except ProtocolError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
         if not data:
             return
         vmm.received(data, descriptors)
@@ -193,7 +202,7 @@ async def _receive(connection: socket.socket, descriptors: list[int]) -> bytes:
                 numbers = array.array("i")
                 numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
                 descriptors.extend(numbers)
-        if flags & socket.MSG_CTRUNC:
+        if flags & socket.MSG_CTRUNC or len(descriptors) > DESCRIPTORS_MAX:
             raise ProtocolError(f"more than {DESCRIPTORS_MAX} descriptors")
         return data
 

@@ -193,7 +193,7 @@ class AttachedVmm:
                 del self._buffer[: FRAME.size + length]
                 if hello.vcpu >= VCPUS_MAX or not descriptors:
                     raise ProtocolError(f"vCPU {hello.vcpu} announced with {len(descriptors)} descriptors")
-                self._add_vcpu(hello, socket.socket(fileno=descriptors.pop(0)))
+                self._add_vcpu(hello, _as_socket(descriptors.pop(0)))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -214,3 +214,11 @@ class AttachedVmm:
             self._socket.send(FRAME.pack(frame_type, len(payload)) + payload)
         except OSError as error:
             logger.warning("VMM %d does not take frame %s: %s", self.pid, frame_type.name, error)
+
+
+def _as_socket(descriptor: int) -> socket.socket:
+    try:
+        return socket.socket(fileno=descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise ProtocolError(f"a vCPU announced with a descriptor that is no socket: {error.strerror}") from error

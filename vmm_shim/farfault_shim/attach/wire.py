@@ -21,6 +21,8 @@ REGIONS_MAX: Final = 64
 SLOTS_MAX: Final = 512
 VCPUS_MAX: Final = 1024
 FRAME_BYTES_MAX: Final = 4096
+ADDRESS_MAX: Final = 1 << 63
+"""No user address is beyond it."""
 
 REPORT_MAGIC: Final = 0x31524646
 VERDICT_MAGIC: Final = 0x31564646
@@ -295,8 +297,10 @@ class HandOver:
                     )
                 names = tuple(str(name) for name in extension["fds"])
                 handover = cls(regions, FaultSource(extension["fault_source"]), names)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"malformed hand-over: {error!r}") from None
+        if len(set(handover.descriptors)) != len(handover.descriptors):
+            raise ProtocolError("two descriptors of one name")
         _check_end_to_end(regions)
         return handover
 
@@ -312,8 +316,11 @@ def _region(item: dict[str, Any]) -> HandOverRegion:
         int(item["offset"]),
         page_size_bytes,
     )
-    if region.base_hva % page_size_bytes or region.size_bytes <= 0 or region.size_bytes % page_size_bytes:
+    if region.size_bytes <= 0 or region.size_bytes % page_size_bytes:
         raise ProtocolError(f"region at {region.base_hva:#x} of {region.size_bytes} bytes is not whole pages")
+    for address in (region.base_hva, region.alias_hva):
+        if address % page_size_bytes or not 0 <= address <= ADDRESS_MAX - region.size_bytes:
+            raise ProtocolError(f"region at {address:#x} of {region.size_bytes} bytes is no user memory of whole pages")
     return region
 
 
