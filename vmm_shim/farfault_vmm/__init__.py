@@ -3,11 +3,11 @@
 A VMM that serves the following subset of QMP on a unix socket can be moved; QEMU 4.0 and later does.
 
 Framing: JSON objects. A server ends each of its own with CRLF. A client need not end its objects with anything:
-``qemu.qmp`` sends them back to back, so a server parses object by object and skips white space in between.
-Each command carries a string ``id``; its reply is
-``{"return": ..., "id": ...}`` or ``{"error": {"class": "GenericError", "desc": "..."}, "id": ...}``. Commands of one
-connection run in the order in which they came: the client sends ``stop`` and ``migrate`` without a wait in
-between. One client at a time; when it leaves, the VM stays as it is and the next one may connect.
+``qemu.qmp`` sends them back to back, so a server parses object by object and skips white space in between. The reply
+to a command is ``{"return": ...}`` or ``{"error": {"class": "GenericError", "desc": "..."}}``, with the ``id`` of the
+command where it had one (``qmp_capabilities`` has none). Commands run in the order in which they came: the client
+sends ``stop`` and ``migrate`` without a wait in between. One client at a time; when it leaves, the VM stays as it is
+and the next one may connect.
 
 On connect the server speaks first::
 
