@@ -11,7 +11,7 @@ from farfault_cli.errors import FarfaultError
 from farfault_client.demo.linux import build_image, expected_tick
 from farfault_client.demo.linux.image import DISK_MIB, MIB, is_static
 from farfault_client.demo.linux.kernel import find_kernel, load_order
-from farfault_client.demo.linux.packages import cache_directory
+from farfault_client.demo.linux.packages import cache_directory, with_fresh_lists
 from farfault_client.demo.linux.worker import build_worker
 
 needs_debian = pytest.mark.skipif(shutil.which("apt-get") is None, reason="no apt-get to fetch the guest's kernel")
@@ -66,6 +66,36 @@ def test_newest_installed_kernel_is_taken(installed: Path, tmp_path: Path) -> No
     assert kernel.read_module("rng_core") is None
     with pytest.raises(FarfaultError, match="has no module vhost"):
         kernel.read_module("vhost")
+
+
+def test_a_kernel_in_the_cache_needs_no_apt(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    cache = tmp_path / "cache"
+    kept = cache / "packages/linux-image-6.1.0-56-cloud-amd64"
+    kept.mkdir(parents=True)
+    (installed / "boot").rename(kept / "boot")
+    (installed / "lib").rename(kept / "lib")
+    assert find_kernel(cache, root=tmp_path / "bare").image.parent == kept / "boot"
+
+
+def test_package_lists_are_renewed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n')
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    tries = []
+
+    def fetch() -> Path:
+        tries.append(1)
+        raise FarfaultError(f"try {len(tries)} failed")
+
+    with pytest.raises(FarfaultError, match="try 2 failed"):
+        with_fresh_lists(fetch, "some-package")
+    assert (tmp_path / "calls").read_text() == "update -qq\n"
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(FarfaultError, match="try 3 failed"):
+        with_fresh_lists(fetch, "some-package")
 
 
 def test_without_apt_the_remedy_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

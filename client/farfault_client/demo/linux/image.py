@@ -17,7 +17,7 @@ from farfault_cli.errors import FarfaultError
 
 from farfault_client.demo.linux import cpio
 from farfault_client.demo.linux.kernel import Kernel, find_kernel, load_order
-from farfault_client.demo.linux.packages import cache_directory, unpacked_package
+from farfault_client.demo.linux.packages import cache_directory, unpacked_package, with_fresh_lists
 from farfault_client.demo.linux.worker import build_worker
 
 MIB = 1 << 20
@@ -87,7 +87,7 @@ def find_busybox(cache: Path) -> Path:
     installed = shutil.which("busybox")
     if installed and is_static(Path(installed).read_bytes()):
         return Path(installed)
-    tree = unpacked_package(BUSYBOX_PACKAGE, cache)
+    tree = with_fresh_lists(lambda: unpacked_package(BUSYBOX_PACKAGE, cache), BUSYBOX_PACKAGE)
     for place in ("bin/busybox", "usr/bin/busybox"):
         if (tree / place).is_file():
             return tree / place

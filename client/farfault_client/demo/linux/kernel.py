@@ -10,9 +10,10 @@ from pathlib import Path
 
 from farfault_cli.errors import FarfaultError
 
-from farfault_client.demo.linux.packages import dependencies, unpacked_package
+from farfault_client.demo.linux.packages import dependencies, packages_in, unpacked_package, with_fresh_lists
 
 PACKAGE = "linux-image-cloud-amd64"
+_PACKAGES = "linux-image-*-cloud-amd64"
 _IMAGES = "boot/vmlinuz-*-cloud-amd64"
 _DEPENDS = re.compile(rb"(?:^|\0)depends=([^\0]*)\0")
 
@@ -43,15 +44,18 @@ class Kernel:
 
 
 def find_kernel(cache: Path, root: Path = Path("/")) -> Kernel:
-    """The newest cloud kernel installed under ``root``; else the packaged one, kept in the cache.
+    """The newest cloud kernel installed under ``root``, else in the cache, else apt's, which then stays in the cache.
 
     Raises:
         FarfaultError: there is none and it cannot be downloaded.
     """
-    kernel = _kernel_in(root) or _kernel_in(unpacked_package(_newest_package(), cache))
-    if kernel is None:
-        raise FarfaultError(f"the package {PACKAGE} has no {_IMAGES}", f"as root: apt-get install {PACKAGE}")
-    return kernel
+    for roots in ([root], packages_in(cache, _PACKAGES)):
+        if found := _newest_kernel(roots):
+            return found
+    tree = with_fresh_lists(lambda: unpacked_package(_newest_package(), cache), PACKAGE)
+    if found := _newest_kernel([tree]):
+        return found
+    raise FarfaultError(f"the package {tree.name} has no {_IMAGES}", f"as root: apt-get install {PACKAGE}")
 
 
 def load_order(names: Iterable[str], read_module: Callable[[str], bytes | None]) -> dict[str, bytes]:
@@ -87,13 +91,14 @@ def _needs(module: bytes) -> list[str]:
     return found[1].decode().split(",") if found and found[1] else []
 
 
-def _kernel_in(root: Path) -> Kernel | None:
+def _newest_kernel(roots: Iterable[Path]) -> Kernel | None:
     found = []
-    for image in root.glob(_IMAGES):
-        release = image.name.removeprefix("vmlinuz-")
-        modules = root / "lib/modules" / release
-        if modules.is_dir():
-            found.append((_version_key(release), Kernel(image, modules)))
+    for root in roots:
+        for image in root.glob(_IMAGES):
+            release = image.name.removeprefix("vmlinuz-")
+            modules = root / "lib/modules" / release
+            if modules.is_dir():
+                found.append((_version_key(release), Kernel(image, modules)))
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 

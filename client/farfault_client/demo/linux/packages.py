@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +20,20 @@ def cache_directory() -> Path:
     """Where downloaded and built files stay: ``$XDG_CACHE_HOME/farfault``, by default ``~/.cache/farfault``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "farfault"
+
+
+def with_fresh_lists(fetch: Callable[[], Path], name: str) -> Path:
+    """What ``fetch`` returns; when it fails, root renews apt's package lists and it gets a second try.
+
+    A new container has no lists, and old lists name packages that the archive no longer has.
+    """
+    try:
+        return fetch()
+    except FarfaultError:
+        if os.geteuid() != 0 or shutil.which("apt-get") is None:
+            raise
+    _run(["apt-get", "update", "-qq"], name)
+    return fetch()
 
 
 def dependencies(name: str) -> list[str]:
@@ -46,9 +60,9 @@ def unpacked_package(name: str, cache: Path) -> Path:
     if tree.is_dir():
         return tree
     tree.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{name}.", dir=tree.parent) as scratch:
+    with TemporaryDirectory(prefix=f".{name}-", dir=tree.parent) as scratch:
         unpacked = Path(scratch, "tree")
-        _download(name, Path(scratch))
+        _run(["apt-get", "download", name], name, Path(scratch))
         (archive,) = Path(scratch).glob("*.deb")
         _run(["dpkg-deb", "-x", str(archive), str(unpacked)], name)
         try:
@@ -59,15 +73,9 @@ def unpacked_package(name: str, cache: Path) -> Path:
     return tree
 
 
-def _download(package: str, directory: Path) -> None:
-    try:
-        _run(["apt-get", "download", package], package, directory)
-    except FarfaultError:
-        if os.geteuid() != 0:
-            raise
-        # The package lists are older than the archive.
-        _run(["apt-get", "update", "-qq"], package)
-        _run(["apt-get", "download", package], package, directory)
+def packages_in(cache: Path, pattern: str) -> list[Path]:
+    """The trees that `unpacked_package` has left in the cache, of packages whose names match the glob pattern."""
+    return list((cache / "packages").glob(pattern))
 
 
 def _run(argv: Sequence[str], package: str, directory: Path | None = None) -> str:
@@ -76,7 +84,13 @@ def _run(argv: Sequence[str], package: str, directory: Path | None = None) -> st
         raise FarfaultError(f"{package} is needed and {argv[0]} is not here to fetch it", f"install {package} by hand")
     try:
         done = subprocess.run(
-            argv, cwd=directory, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+            argv,
+            cwd=directory,
+            env={**os.environ, "LC_ALL": "C"},  # apt translates what `dependencies` reads
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise FarfaultError(f"{' '.join(argv)} took longer than {COMMAND_TIMEOUT_S} s", remedy) from None
