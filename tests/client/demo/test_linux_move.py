@@ -11,12 +11,13 @@ import shutil
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from farfault_cli.errors import UnreachableError
 from farfault_client.demo.linux import (
     GuestImage,
     LinuxVm,
@@ -28,8 +29,9 @@ from farfault_client.demo.linux import (
     read_serial,
     wait_for,
 )
+from farfault_client.demo.linux.image import MIB
 from farfault_client.demo.linux.vm import QEMU
-from qemu.qmp import QMPClient
+from farfault_vmm.connection import QmpConnection
 
 WAIT_S_MAX = 90.0
 POLLS_MAX = 600
@@ -65,42 +67,46 @@ def end_of(image: GuestImage, place: Path, name: str, **fields: Any) -> LinuxVm:
 class Running:
     """A QEMU process and its QMP connection."""
 
-    def __init__(self, process: subprocess.Popen[bytes], qmp: QMPClient) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], qmp: QmpConnection) -> None:
         self._process = process
-        self._qmp = qmp
+        self.execute = qmp.execute
 
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    async def execute(self, command: str, **arguments: Any) -> Any:
-        return await asyncio.wait_for(self._qmp.execute(command, arguments or None), WAIT_S_MAX)
-
-    async def wait_for_status(self, command: str, wanted: str) -> None:
-        """Polls a query until its ``status`` is the wanted one."""
-        status = ""
+    async def poll(self, command: str, field: str, wanted: object) -> None:
+        """Repeats a query until a field of its result has the wanted value."""
+        seen: object = None
         for _ in range(POLLS_MAX):
-            status = (await self.execute(command)).get("status", "")
-            assert status != "failed", f"{command}: failed"
-            if status == wanted:
+            seen = (await self.execute(command)).get(field)
+            assert seen != "failed", f"{command}: failed"
+            if seen == wanted:
                 return
             await asyncio.sleep(POLL_S)
-        raise AssertionError(f"{command}: {status!r} and never {wanted!r}")
+        raise AssertionError(f"{command}: {field} is {seen!r} and never {wanted!r}")
+
+
+async def connected(end: LinuxVm, process: subprocess.Popen[bytes]) -> QmpConnection:
+    for _ in range(POLLS_MAX):
+        assert process.poll() is None, (end.directory / "stderr").read_text()
+        with suppress(UnreachableError):
+            return await QmpConnection.connect(end.qmp_socket, timeout_s=WAIT_S_MAX)
+        await asyncio.sleep(POLL_S)
+    raise AssertionError("QEMU never listened for QMP")
 
 
 @asynccontextmanager
 async def qemu(argv: list[str], end: LinuxVm) -> AsyncIterator[Running]:
-    errors = end.directory / "stderr"
-    with errors.open("wb") as sink, subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=sink) as process:
-        qmp = QMPClient()
+    with (
+        (end.directory / "stderr").open("wb") as sink,
+        subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=sink) as process,
+    ):
         try:
-            for _ in range(POLLS_MAX):
-                if end.qmp_socket.exists():
-                    break
-                assert process.poll() is None, errors.read_text()
-                await asyncio.sleep(POLL_S)
-            await qmp.connect(str(end.qmp_socket))
-            yield Running(process, qmp)
-            await qmp.disconnect()
+            qmp = await connected(end, process)
+            try:
+                yield Running(process, qmp)
+            finally:
+                await qmp.close()
         finally:
             process.kill()
 
@@ -110,11 +116,11 @@ async def copy_and_move(source: LinuxVm, running: Running, destination: LinuxVm,
     capabilities = [{"capability": "x-ignore-shared", "state": True}]
     uri = f"unix:{destination.directory}/migration.sock"
     for end in (running, moved):
-        await end.execute("migrate-set-capabilities", capabilities=capabilities)
-    await moved.execute("migrate-incoming", uri=uri)
-    await running.execute("migrate", uri=uri)
-    await running.wait_for_status("query-migrate", "completed")
-    await moved.wait_for_status("query-status", "paused")  # the source was stopped, and that travels
+        await end.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await moved.execute("migrate-incoming", {"uri": uri})
+    await running.execute("migrate", {"uri": uri})
+    await running.poll("query-migrate", "status", "completed")
+    await moved.poll("query-status", "status", "paused")  # the source was stopped, and that travels
     await moved.execute("cont")
 
 
@@ -134,13 +140,9 @@ async def test_guest_works(image: GuestImage, place: Path, machine: str, vcpus: 
         assert (first.text, second.text) == ("first question", "second question")
         assert 0 < first.uptime_s <= second.uptime_s
         if balloon:
-            await running.execute("balloon", value=end.ram_bytes - (16 << 20))
-            for _ in range(POLLS_MAX):
-                if (await running.execute("query-balloon"))["actual"] == end.ram_bytes - (16 << 20):
-                    break
-                await asyncio.sleep(POLL_S)
-            else:
-                raise AssertionError("the balloon was never inflated")
+            target_bytes = end.ram_bytes - 16 * MIB
+            await running.execute("balloon", {"value": target_bytes})
+            await running.poll("query-balloon", "actual", target_bytes)
         log = await wait_for(lambda log: log.disk_reads_ok >= 2, end, timeout_s=WAIT_S_MAX, alive=running.alive)
         check(log, image, worker_mib=64)
 

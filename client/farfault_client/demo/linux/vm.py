@@ -34,7 +34,7 @@ class LinuxVm:
 
     Attributes:
         image: from `build_image`.
-        directory: of this end alone; QEMU's socket and the console's log lie here. Sockets limit a path to 107 bytes.
+        directory: of this end alone; QEMU's sockets and the console's log lie here. Sockets limit a path to 107 bytes.
         ram: the RAM file, on tmpfs; `create_ram` makes it.
         host_port: TCP port of this host at which the guest answers, see `ask`.
         ram_bytes: at least 192 MiB with the default worker.
@@ -58,8 +58,13 @@ class LinuxVm:
 
     @property
     def qmp_socket(self) -> Path:
-        """Where QEMU listens for QMP."""
+        """Where QEMU listens for QMP, for the side that moves the VM."""
         return self.directory / "qmp.sock"
+
+    @property
+    def operator_socket(self) -> Path:
+        """A second QMP socket, for everybody else: QEMU serves one client at a time on each."""
+        return self.directory / "operator.sock"
 
     @property
     def serial_log(self) -> Path:
@@ -110,6 +115,7 @@ class LinuxVm:
             *("-device", "virtio-rng-pci", *balloon),
             *("-serial", f"file:{self.serial_log}"),
             *("-qmp", f"unix:{self.qmp_socket},server=on,wait=off"),
+            *("-qmp", f"unix:{self.operator_socket},server=on,wait=off"),
         ]
 
 
