@@ -128,7 +128,7 @@ def _in_process(specification: str, pid: int) -> tuple[Path, str]:
         raise UsageError(
             f"no permission to look at process {pid}", "run as the user that runs the VMM, or as root"
         ) from None
-    found = {}
+    found: dict[tuple[int, int], Path] = {}
     for path, target in links:
         if target.removesuffix(" (deleted)") == wanted:
             status = path.stat()

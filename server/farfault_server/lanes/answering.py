@@ -1,0 +1,207 @@
+"""Turns waiting requests into batches: reads pages, leaves zero pages out, adds the checksum.
+
+The core of every lane. The driver calls `Answering.receive` for each message that comes, and `Answering.next_batch`
+until it returns None. A lone request is answered by the first call; requests that came meanwhile share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import xxhash
+from farfault.codec import Extent, encode_batch
+from farfault.v1 import pages_pb2 as pb
+
+from farfault_server.lanes.limits import DONE_PER_BATCH_MAX, EXTENTS_PER_BATCH_MAX, READS_PER_BATCH_MAX, LaneLimits
+from farfault_server.lanes.stats import LaneStats
+from farfault_server.lanes.waiting_line import DATA, Piece, WaitingLine
+from farfault_server.memory import PageRegion, ServedMemory
+from farfault_server.memory.zeros import runs, zero_block
+
+ZERO: Final = int(pb.EXTENT_KIND_ZERO)
+NOT_FROZEN: Final = int(pb.EXTENT_KIND_NOT_FROZEN)
+IO_ERROR: Final = int(pb.EXTENT_KIND_IO_ERROR)
+
+
+def checksum_of(data: Sequence[bytes]) -> int:
+    """XXH3-64, seed 0, of all pieces; 0 where there are none."""
+    if len(data) == 1:
+        return xxhash.xxh3_64_intdigest(data[0])
+    if not data:
+        return 0
+    hashed = xxhash.xxh3_64()
+    for piece in data:
+        hashed.update(piece)
+    return hashed.intdigest()
+
+
+class _Batch:
+    """A batch that is being filled."""
+
+    __slots__ = ("data", "data_bytes", "done", "extents", "pages_data", "pages_zero", "ranges_refused", "read_bytes")
+
+    def __init__(self) -> None:
+        self.extents: list[Extent] = []
+        self.data: list[bytes] = []
+        self.data_bytes = 0
+        self.read_bytes = 0
+        self.done: list[int] = []
+        self.pages_data = 0
+        self.pages_zero = 0
+        self.ranges_refused = 0
+
+    def refuse(self, region: int, first_page: int, page_count: int, kind: int) -> None:
+        self.extents.append((region, first_page, page_count, kind))
+        self.ranges_refused += 1
+
+    def add_zero(self, region: int, first_page: int, page_count: int) -> None:
+        self.pages_zero += page_count
+        self._extend(region, first_page, page_count, ZERO)
+
+    def add_data(self, region: int, first_page: int, page_count: int, data: bytes) -> None:
+        self.pages_data += page_count
+        self._extend(region, first_page, page_count, DATA)
+        self.data.append(data)
+        self.data_bytes += len(data)
+
+    def _extend(self, region: int, first_page: int, page_count: int, kind: int) -> None:
+        """A run that goes on where the last one ended makes it longer."""
+        if self.extents:
+            last_region, last_first, last_count, last_kind = self.extents[-1]
+            if last_kind == kind and last_region == region and last_first + last_count == first_page:
+                self.extents[-1] = (region, last_first, last_count + page_count, kind)
+                return
+        self.extents.append((region, first_page, page_count, kind))
+
+
+class Answering:
+    """The requests of one stream and their answers.
+
+    Args:
+        memory: what is served; its `readable` and `generation` are looked at for every batch.
+        limits: what the client was told.
+        stats: counted here.
+        clock_us: a monotonic clock.
+    """
+
+    def __init__(self, memory: ServedMemory, limits: LaneLimits, stats: LaneStats, clock_us: Callable[[], int]) -> None:
+        geometry = [(region.size_bytes // region.page_size_bytes, region.page_size_bytes) for region in memory.regions]
+        self.line = WaitingLine(geometry, limits)
+        self._memory = memory
+        self._limits = limits
+        self._stats = stats
+        self._clock_us = clock_us
+
+    def receive(self, message: bytes) -> None:
+        """A request has come.
+
+        Raises:
+            google.protobuf.message.DecodeError: it is no FetchRequest; the stream cannot go on.
+        """
+        request = pb.FetchRequest.FromString(message)
+        ranges = [(item.region, item.first_page, item.page_count) for item in request.ranges]
+        self.line.push(request.request_id, request.priority, ranges, self._clock_us())
+        self._stats.requests += 1
+
+    def next_batch(self) -> bytes | None:
+        """The wire bytes of the next batch, or None when nothing waits."""
+        if not self.line:
+            return None
+        started_us = self._clock_us()
+        oldest_us = started_us
+        batch = _Batch()
+        max_bytes = self._limits.max_batch_bytes
+        max_read_bytes = READS_PER_BATCH_MAX * max_bytes
+        while (piece := self.line.take(max_bytes - batch.data_bytes)) is not None:
+            oldest_us = min(oldest_us, piece.arrived_us)
+            self._answer(piece, batch)
+            if piece.done_request_id is not None:
+                batch.done.append(piece.done_request_id)
+            if (
+                len(batch.extents) > EXTENTS_PER_BATCH_MAX // 2
+                or len(batch.done) >= DONE_PER_BATCH_MAX
+                or batch.read_bytes >= max_read_bytes
+            ):
+                break
+        return self._pack(batch, started_us, started_us - oldest_us)
+
+    def _answer(self, piece: Piece, batch: _Batch) -> None:
+        region, first, count, kind, _, _ = piece
+        if kind != DATA:
+            batch.refuse(region, first, count, kind)
+        elif not self._memory.readable:
+            batch.refuse(region, first, count, NOT_FROZEN)
+        else:
+            self._read(region, first, count, batch)
+
+    def _read(self, region_id: int, first: int, count: int, batch: _Batch) -> None:
+        region = self._memory.regions[region_id]
+        hole = region.zero_pages_ahead(first, count)
+        if hole:
+            batch.add_zero(region_id, first, hole)
+            first += hole
+            count -= hole
+            batch.read_bytes += region.page_size_bytes  # looking for holes is work too
+            if not count:
+                return
+        try:
+            block = region.read(first, count)
+        except OSError:
+            self._read_one_by_one(region_id, first, count, batch)
+            return
+        batch.read_bytes += len(block)
+        if count == 1:
+            if block == zero_block(len(block)):
+                batch.add_zero(region_id, first, 1)
+            else:
+                batch.add_data(region_id, first, 1, block)
+            return
+        self._add_runs(region, region_id, first, block, batch)
+
+    @staticmethod
+    def _add_runs(region: PageRegion, region_id: int, first: int, block: bytes, batch: _Batch) -> None:
+        size = region.page_size_bytes
+        for run in runs(block, size):
+            if run.is_zero:
+                batch.add_zero(region_id, first + run.first, run.count)
+                continue
+            is_whole = run.count * size == len(block)
+            data = block if is_whole else block[run.first * size : (run.first + run.count) * size]
+            batch.add_data(region_id, first + run.first, run.count, data)
+
+    def _read_one_by_one(self, region_id: int, first: int, count: int, batch: _Batch) -> None:
+        """Something in the block is unreadable: only those pages get the error."""
+        region = self._memory.regions[region_id]
+        for page in range(first, first + count):
+            try:
+                block = region.read(page, 1)
+            except OSError:
+                batch.refuse(region_id, page, 1, IO_ERROR)
+            else:
+                self._add_runs(region, region_id, page, block, batch)
+
+    def _pack(self, batch: _Batch, started_us: int, queue_us: int) -> bytes:
+        checksum = checksum_of(batch.data)
+        read_us = self._clock_us() - started_us
+        message = encode_batch(
+            batch.done,
+            batch.extents,
+            checksum,
+            batch.data,
+            self._memory.generation,
+            server_queue_us=queue_us,
+            server_read_us=read_us,
+        )
+        self._count(batch, len(message), queue_us, read_us)
+        return message
+
+    def _count(self, batch: _Batch, size_bytes: int, queue_us: int, read_us: int) -> None:
+        stats = self._stats
+        stats.batches += 1
+        stats.bytes += size_bytes
+        stats.pages_data += batch.pages_data
+        stats.pages_zero += batch.pages_zero
+        stats.ranges_refused += batch.ranges_refused
+        stats.queue.observe(queue_us)
+        stats.read.observe(read_us)

@@ -1,0 +1,258 @@
+"""The core of a lane: what a client asks in any order and number is answered once, right, and within the limits."""
+
+import errno
+
+import pytest
+import xxhash
+from farfault.v1 import pages_pb2 as pb
+from farfault_server.lanes.answering import Answering
+from farfault_server.lanes.limits import RANGES_WAITING_MAX, LaneLimits
+from farfault_server.lanes.stats import LaneStats
+from farfault_server.memory import ServedMemory
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+PAGE = 4096
+
+
+class FakeRegion:
+    """Pages by number; a page that is None cannot be read."""
+
+    name = backing = "fake"
+    page_size_bytes = PAGE
+
+    def __init__(self, pages: list[bytes | None], known_zero: frozenset[int] = frozenset()) -> None:
+        self.pages = pages
+        self.size_bytes = len(pages) * PAGE
+        self.known_zero = known_zero
+
+    def read(self, first_page: int, page_count: int) -> bytes:
+        pages = self.pages[first_page : first_page + page_count]
+        if None in pages:
+            raise OSError(errno.EIO, "poisoned")
+        return b"".join(pages)
+
+    def zero_pages_ahead(self, first_page: int, page_count: int) -> int:
+        count = 0
+        while count < page_count and first_page + count in self.known_zero:
+            count += 1
+        return count
+
+    def identity(self) -> list[int]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def page(number: int) -> bytes:
+    return number.to_bytes(4, "little") * (PAGE // 4)
+
+
+def answering(*regions: FakeRegion, **limits: int) -> Answering:
+    memory = ServedMemory(regions, readable=True, generation=9)
+    return Answering(memory, LaneLimits(**limits), LaneStats(), clock_us=lambda: 1000)
+
+
+def request(request_id: int, *ranges: tuple[int, int, int], priority: int = pb.PRIORITY_VCPU) -> bytes:
+    pages = [pb.PageRange(region=region, first_page=first, page_count=count) for region, first, count in ranges]
+    return pb.FetchRequest(request_id=request_id, priority=priority, ranges=pages).SerializeToString()
+
+
+def drain(core: Answering) -> list[pb.PageBatch]:
+    batches = []
+    while (raw := core.next_batch()) is not None:
+        batch = pb.PageBatch.FromString(raw)
+        assert batch.generation == 9
+        assert batch.checksum == (xxhash.xxh3_64_intdigest(batch.data) if batch.data else 0)
+        batches.append(batch)
+    return batches
+
+
+def pages_of(batches: list[pb.PageBatch]) -> dict[tuple[int, int], bytes | str]:
+    """What each page was answered with: its bytes or the name of its status."""
+    pages: dict[tuple[int, int], bytes | str] = {}
+    for batch in batches:
+        offset = 0
+        for extent in batch.extents:
+            for number in range(extent.first_page, extent.first_page + extent.page_count):
+                assert (extent.region, number) not in pages, "answered twice"
+                if extent.kind == pb.EXTENT_KIND_DATA:
+                    pages[extent.region, number] = batch.data[offset : offset + PAGE]
+                    offset += PAGE
+                elif extent.kind == pb.EXTENT_KIND_ZERO:
+                    pages[extent.region, number] = bytes(PAGE)
+                else:
+                    pages[extent.region, number] = pb.ExtentKind.Name(extent.kind)
+        assert offset == len(batch.data)
+    return pages
+
+
+def done_of(batches: list[pb.PageBatch]) -> list[int]:
+    return [request_id for batch in batches for request_id in batch.done_request_ids]
+
+
+def test_a_lone_request_is_answered_at_once():
+    core = answering(FakeRegion([page(1)]))
+    core.receive(request(5, (0, 0, 1)))
+    (batch,) = drain(core)
+    assert list(batch.done_request_ids) == [5]
+    assert batch.data == page(1)
+
+
+def test_requests_that_wait_share_a_batch():
+    core = answering(FakeRegion([page(n) for n in range(1, 9)]))
+    for number in range(8):
+        core.receive(request(number, (0, number, 1)))
+    (batch,) = drain(core)
+    assert list(batch.done_request_ids) == list(range(8))
+    assert len(batch.extents) == 1
+
+
+def test_urgent_first():
+    core = answering(FakeRegion([page(n) for n in range(1, 9)]), max_batch_bytes=PAGE)
+    core.receive(request(1, (0, 0, 4), priority=pb.PRIORITY_BACKGROUND))
+    core.receive(request(2, (0, 4, 1), priority=pb.PRIORITY_NEIGHBOUR))
+    core.receive(request(3, (0, 5, 1), priority=pb.PRIORITY_VCPU))
+    assert done_of(drain(core)) == [3, 2, 1]
+
+
+def test_an_urgent_request_overtakes_one_that_is_half_answered():
+    core = answering(FakeRegion([page(n) for n in range(1, 9)]), max_batch_bytes=PAGE)
+    core.receive(request(1, (0, 0, 4), priority=pb.PRIORITY_BACKGROUND))
+    assert core.next_batch() is not None
+    core.receive(request(2, (0, 7, 1), priority=pb.PRIORITY_VCPU))
+    assert done_of(drain(core)) == [2, 1]
+
+
+def test_unknown_priorities_count_as_background():
+    core = answering(FakeRegion([page(1)]), max_batch_bytes=PAGE)
+    core.receive(request(1, (0, 0, 1), priority=0))
+    core.receive(request(2, (0, 0, 1), priority=77))
+    core.receive(request(3, (0, 0, 1), priority=pb.PRIORITY_HINT))
+    assert done_of(drain(core)) == [3, 1, 2]
+
+
+def test_big_answers_are_split():
+    core = answering(FakeRegion([page(n + 1) for n in range(10)]), max_batch_bytes=4 * PAGE)
+    core.receive(request(1, (0, 0, 10)))
+    batches = drain(core)
+    assert [len(batch.data) // PAGE for batch in batches] == [4, 4, 2]
+    assert done_of(batches) == [1]
+    assert list(batches[-1].done_request_ids) == [1]
+
+
+def test_zero_pages_carry_no_data_and_cost_no_batch():
+    core = answering(FakeRegion([bytes(PAGE)] * 40, known_zero=frozenset(range(20))), max_batch_bytes=4 * PAGE)
+    core.receive(request(1, (0, 0, 40)))
+    (batch,) = drain(core)
+    assert not batch.data
+    assert [(extent.first_page, extent.page_count) for extent in batch.extents] == [(0, 40)]
+
+
+@pytest.mark.parametrize("bad", [(1, 0, 1), (0, 4, 1), (0, 3, 2), (0, 0, 0), (2**32 - 1, 2**64 - 1, 2**64 - 1)])
+def test_a_bad_range_gets_its_status_and_the_others_are_served(bad):
+    core = answering(FakeRegion([page(n + 1) for n in range(4)]))
+    core.receive(request(1, (0, 0, 1), bad, (0, 1, 1)))
+    (batch,) = drain(core)
+    assert [pb.ExtentKind.Name(extent.kind)[12:] for extent in batch.extents] == ["DATA", "OUT_OF_RANGE", "DATA"]
+    assert tuple((batch.extents[1].region, batch.extents[1].first_page, batch.extents[1].page_count)) == bad
+
+
+def test_a_request_without_ranges_is_answered():
+    core = answering(FakeRegion([page(1)]))
+    core.receive(request(1))
+    assert done_of(drain(core)) == [1]
+
+
+def test_a_running_vm_is_not_read():
+    core = answering(FakeRegion([None]))
+    core._memory.readable = False
+    core.receive(request(1, (0, 0, 1)))
+    assert pages_of(drain(core)) == {(0, 0): "EXTENT_KIND_NOT_FROZEN"}
+
+
+def test_only_unreadable_pages_fail():
+    core = answering(FakeRegion([page(1), None, bytes(PAGE), page(4)]))
+    core.receive(request(1, (0, 0, 4)))
+    assert pages_of(drain(core)) == {
+        (0, 0): page(1),
+        (0, 1): "EXTENT_KIND_IO_ERROR",
+        (0, 2): bytes(PAGE),
+        (0, 3): page(4),
+    }
+
+
+def test_too_many_pages_in_a_request():
+    core = answering(FakeRegion([page(n + 1) for n in range(8)]), max_request_pages=4)
+    core.receive(request(1, (0, 0, 3), (0, 3, 2), (0, 5, 1)))
+    answers = pages_of(drain(core))
+    assert {number for (_, number), answer in answers.items() if answer == "EXTENT_KIND_REJECTED"} == {3, 4}
+
+
+def test_too_many_requests_in_flight():
+    core = answering(FakeRegion([page(n + 1) for n in range(8)]), max_requests_in_flight=2)
+    for number in range(4):
+        core.receive(request(number, (0, number, 1)))
+    batches = drain(core)
+    answers = pages_of(batches)
+    assert [answers[0, number] == "EXTENT_KIND_REJECTED" for number in range(4)] == [False, False, True, True]
+    assert sorted(done_of(batches)) == [0, 1, 2, 3]
+    core.receive(request(9, (0, 7, 1)))  # answered ones make room
+    assert pages_of(drain(core)) == {(0, 7): page(8)}
+
+
+def test_full_says_so_and_drains():
+    core = answering(FakeRegion([page(1)]))
+    count = 0
+    while not core.line.is_full:
+        core.receive(request(count, *[(9, 0, 1)] * 1000))
+        count += 1
+    assert count == -(-RANGES_WAITING_MAX // 1000)
+    batches = drain(core)
+    assert max(batch.ByteSize() for batch in batches) < 64 << 10
+    assert sorted(done_of(batches)) == list(range(count))
+    assert not core.line.is_full
+
+
+def test_nonsense_is_an_error():
+    with pytest.raises(DecodeError):
+        answering(FakeRegion([page(1)])).receive(b"\xff\xff")
+
+
+CONTENT = st.sampled_from([None, bytes(PAGE), page(1), page(2), page(3)])
+RANGE = st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(0, 30))
+
+
+@given(
+    st.lists(st.lists(CONTENT, min_size=1, max_size=30), min_size=1, max_size=2),
+    st.lists(st.tuples(st.integers(0, 6), st.lists(RANGE, max_size=4)), max_size=12),
+    st.integers(1, 8),
+    st.data(),
+)
+def test_any_requests_are_answered_once_and_right(contents, requests, batch_pages, data):
+    regions = [
+        FakeRegion(pages, frozenset(n for n, content in enumerate(pages) if content == bytes(PAGE) and n % 3))
+        for pages in contents
+    ]
+    core = answering(*regions, max_batch_bytes=batch_pages * PAGE, max_request_pages=40, max_requests_in_flight=8)
+    batches = []
+    for number, (priority, ranges) in enumerate(requests):
+        core.receive(request(number, *ranges, priority=priority))
+        if data.draw(st.booleans()) and (raw := core.next_batch()) is not None:
+            batches.append(pb.PageBatch.FromString(raw))
+    batches += drain(core)
+    assert sorted(done_of(batches)) == list(range(len(requests)))
+    assert all(len(batch.data) <= batch_pages * PAGE for batch in batches)
+    for batch in batches:
+        offset = 0
+        for extent in batch.extents:
+            if extent.kind in (pb.EXTENT_KIND_DATA, pb.EXTENT_KIND_ZERO):
+                wanted = contents[extent.region][extent.first_page : extent.first_page + extent.page_count]
+                size = extent.page_count * PAGE
+                got = bytes(size) if extent.kind == pb.EXTENT_KIND_ZERO else batch.data[offset : offset + size]
+                assert got == b"".join(wanted)
+                offset += size if extent.kind == pb.EXTENT_KIND_DATA else 0
+            elif extent.kind == pb.EXTENT_KIND_IO_ERROR:
+                assert contents[extent.region][extent.first_page] is None
