@@ -38,9 +38,14 @@ KVM_MEMORY_EXIT_FLAG_PRIVATE: Final = 1 << 3
 
 RETRIES_MAX: Final = 64
 """Restarts of one vCPU at one address without a fetch in between, before its exit is escalated."""
+RETRY_MEMORY_NS: Final = 1_000_000_000
+"""An address that did not fail for this long starts anew: a page that is reclaimed now and then is no loop."""
+RETRY_ADDRESSES_MAX: Final = 16
+"""Addresses that one vCPU may fail at in turn; one instruction touches fewer."""
 FAULT_PAGES_MAX: Final = 512
 """Pages of one annotated exit (2 MiB of 4 KiB pages); a longer range is not a page fault."""
 BASE_PAGE_BYTES: Final = 4096
+NO_ADDRESS: Final = -1
 
 
 class RawExit(NamedTuple):
@@ -50,6 +55,7 @@ class RawExit(NamedTuple):
         ret, err: what KVM_RUN returned, and errno where that is -1.
         exit_reason: of struct kvm_run; 0: untouched.
         flags, gpa, size: memory_fault's, or what the annotator found (`size` 0: unknown).
+        exit_ns: when it ended, on a clock that never goes back.
     """
 
     vcpu: int
@@ -63,6 +69,7 @@ class RawExit(NamedTuple):
     address_source: AddressSource
     mmio_len: int = 0
     mmio_is_write: bool = False
+    exit_ns: int = 0
 
     @classmethod
     def of_report(cls, report: Report) -> RawExit:
@@ -78,6 +85,7 @@ class RawExit(NamedTuple):
             report.address_source,
             report.mmio_len,
             report.mmio_is_write,
+            report.exit_ns,
         )
 
 
@@ -155,10 +163,10 @@ class SlotTable:
 
 @dataclass(slots=True)
 class _Progress:
-    """Restarts of one vCPU without a fetch."""
+    """Restarts at one address without a fetch."""
 
-    gpa: int
     attempts: int
+    last_ns: int
 
 
 class ExitClassifier:
@@ -182,7 +190,7 @@ class ExitClassifier:
         self._slots = slots
         self._pages = pages
         self._retries_max = retries_max
-        self._progress: dict[int, _Progress] = {}
+        self._progress: dict[int, dict[int, _Progress]] = {}
 
     def classify(self, raw: RawExit) -> Decision:
         """Decides one exit. Keeps only the count of fruitless restarts by vCPU."""
@@ -190,9 +198,7 @@ class ExitClassifier:
             return self._mmio(raw) if raw.exit_reason == KVM_EXIT_MMIO else PassOn("an exit of the VMM's")
         if raw.err != errno.EFAULT:
             return PassOn(errno.errorcode.get(raw.err, f"errno {raw.err}"))
-        if raw.address_source is AddressSource.NONE:
-            return self._retry(raw, None)
-        return self._fault(raw)
+        return self._fault(raw) if _has_address(raw) else self._retry(raw, None)
 
     def _mmio(self, raw: RawExit) -> Decision:
         slots = self._slots()
@@ -208,7 +214,7 @@ class ExitClassifier:
         return Fetch(absent, Then.COMPLETE_MMIO) if absent else Complete()
 
     def _fault(self, raw: RawExit) -> Decision:
-        if raw.exit_reason == KVM_EXIT_MEMORY_FAULT and raw.address_source is AddressSource.KVM_RUN:
+        if raw.address_source is AddressSource.KVM_RUN:
             if raw.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE:
                 return PassOn("a private-memory fault")
             if raw.size == 0:
@@ -233,14 +239,18 @@ class ExitClassifier:
 
     def _retry(self, raw: RawExit, slot: Slot | None) -> Decision:
         """Bounded restarts: a lost race or a page not yet mapped, or a bare EFAULT that nothing explains."""
-        address = -1 if slot is None else raw.gpa & ~(BASE_PAGE_BYTES - 1)
-        progress = self._progress.get(raw.vcpu)
-        if progress is None or progress.gpa != address:
-            progress = self._progress[raw.vcpu] = _Progress(address, 0)
+        address = NO_ADDRESS if slot is None else raw.gpa & ~(BASE_PAGE_BYTES - 1)
+        addresses = self._progress.setdefault(raw.vcpu, {})
+        progress = addresses.pop(address, None)
+        if progress is None or raw.exit_ns - progress.last_ns > RETRY_MEMORY_NS:
+            progress = _Progress(0, 0)
         progress.attempts += 1
+        progress.last_ns = raw.exit_ns
         if progress.attempts > self._retries_max:
-            del self._progress[raw.vcpu]
             return Escalate(_log_line(raw, slot, self._retries_max))
+        addresses[address] = progress
+        if len(addresses) > RETRY_ADDRESSES_MAX:
+            del addresses[next(iter(addresses))]
         if slot is None:
             return Retry(Gpa(0), 0)
         return Retry(Gpa(address), BASE_PAGE_BYTES)
@@ -266,6 +276,17 @@ class ExitClassifier:
             return self._layout.region_at(slot.offset_bytes + gpa - slot.gpa).page_size_bytes
         except IndexError:
             return BASE_PAGE_BYTES
+
+
+def _has_address(raw: RawExit) -> bool:
+    """False where `gpa` cannot be trusted: the union holds garbage unless `exit_reason` says what it is."""
+    match raw.address_source:
+        case AddressSource.NONE | AddressSource.MMIO:
+            return False
+        case AddressSource.KVM_RUN:
+            return raw.exit_reason == KVM_EXIT_MEMORY_FAULT
+        case _:
+            return True
 
 
 def _log_line(raw: RawExit, slot: Slot | None, attempts: int) -> str:

@@ -36,9 +36,20 @@ class PageTableWalk:
         levels: levels of tables below and including the root.
         entry_bytes: 8, or 4 for 32-bit paging.
         root_entries: entries of the root table.
+        large_pages: bit 7 of an entry above the last level names a large page; ignored by the processor
+            where it is off (32-bit paging without CR4.PSE).
     """
 
-    def __init__(self, root: int | None, levels: int, *, entry_bytes: int = 8, root_entries: int = 512) -> None:
+    def __init__(
+        self,
+        root: int | None,
+        levels: int,
+        *,
+        entry_bytes: int = 8,
+        root_entries: int = 512,
+        large_pages: bool = True,
+    ) -> None:
+        self._large_pages = large_pages
         self._level = levels
         self._entry_bytes = entry_bytes
         self._entries = root_entries
@@ -54,7 +65,7 @@ class PageTableWalk:
             return cls(cr3 & _ADDRESS_64, 5 if cr4 & _CR4_LA57 else 4)
         if cr4 & _CR4_PAE:
             return cls(cr3 & 0xFFFF_FFE0, 3, root_entries=4)
-        return cls(cr3 & 0xFFFF_F000, 2, entry_bytes=4, root_entries=1024)
+        return cls(cr3 & 0xFFFF_F000, 2, entry_bytes=4, root_entries=1024, large_pages=bool(cr4 & _CR4_PSE))
 
     def next_level(self) -> frozenset[Gpa]:
         """Page addresses of the tables to install and read now; empty: the walk is over."""
@@ -79,7 +90,7 @@ class PageTableWalk:
             return set()
         code = "Q" if self._entry_bytes == 8 else "I"
         entries = struct.unpack_from(f"<{self._entries}{code}", page, offset)
-        leaves_possible = self._level <= 3
+        leaves_possible = self._large_pages and self._level <= 3
         return {
             entry & (_ADDRESS_64 if self._entry_bytes == 8 else 0xFFFF_F000)
             for entry in set(entries)
