@@ -37,7 +37,7 @@ from farfault_shim.install.installer import (
     UffdInstaller,
 )
 from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
-from farfault_shim.uffd.userfaultfd import Fault, Removed
+from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
 
 from farfault_client.engine import EngineConfig, FaultEngine, Install, Priority, Waiter
 from farfault_client.receive.histogram import LatencyHistogram
@@ -330,7 +330,7 @@ class Pager:
 
     # ---- into memory -----------------------------------------------------------------------------
 
-    def _install(self, install: Install, data: bytes, base: int = 0) -> None:
+    def _install(self, install: Install, data: bytes | MappedBytes, base: int = 0) -> None:
         """Puts pages into memory; their bytes begin at `base` + ``install.data_offset`` of `data`."""
         assert self._installer is not None
         run, zero = install.run, install.data_offset < 0

@@ -8,6 +8,7 @@ import xxhash
 from farfault.codec import DecodedBatch
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.layout import Layout, PageIndex, PageRun
+from farfault_shim.uffd.userfaultfd import MappedBytes
 
 from farfault_client.engine import Extent, ExtentResult, Fetch
 
@@ -31,7 +32,7 @@ class Answer(NamedTuple):
     """
 
     extents: list[Extent]
-    data: bytes
+    data: bytes | MappedBytes
     data_offset: int
     done: tuple[int, ...]
     refusals: tuple[str, ...]
@@ -51,8 +52,14 @@ def request_of(fetch: Fetch, layout: Layout) -> pb.FetchRequest:
 _RESULTS = {pb.EXTENT_KIND_DATA: ExtentResult.DATA, pb.EXTENT_KIND_ZERO: ExtentResult.ZERO}
 
 
-def verify(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
+def verify(decoded: DecodedBatch, layout: Layout, generation: int, *, data_checked: bool = False) -> Answer:
     """Checks an answer: generation, ranges, length and checksum.
+
+    Args:
+        decoded: the answer.
+        layout: guest memory.
+        generation: that the answer must be of.
+        data_checked: the checksum was compared already, in another process.
 
     Raises:
         BadAnswerError: with what is wrong; nothing of the answer may be used.
@@ -82,7 +89,7 @@ def verify(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
         extents.append(Extent(run, result))
     if decoded.data_length != expected_bytes:
         raise BadAnswerError(f"{decoded.data_length} bytes of data for {expected_bytes} bytes of pages")
-    if expected_bytes and xxhash.xxh3_64_intdigest(decoded.data) != batch.checksum:
+    if expected_bytes and not data_checked and xxhash.xxh3_64_intdigest(decoded.data) != batch.checksum:
         raise BadAnswerError(f"checksum of {expected_bytes} bytes does not match")
     return Answer(
         extents,

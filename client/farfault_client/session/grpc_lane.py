@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import grpc
 import grpc.aio
-from farfault.codec import decode_batch
+from farfault.codec import DecodedBatch, decode_batch
 from farfault.v1 import pages_pb2 as pb
 from google.protobuf.message import DecodeError
 
@@ -79,14 +79,16 @@ class GrpcLane:
             if not isinstance(raw, bytes):
                 raise LaneLostError(f"the page server ended the {self._lane.value} stream")
             self._stats.wire_bytes += len(raw)
-            self._user.answered(self._lane, self._verified(raw))
+            self._user.answered(self._lane, read_answer(raw, self._lease)[1])
 
-    def _verified(self, raw: bytes) -> Answer:
-        try:
-            batch = decode_batch(raw)
-        except DecodeError as error:
-            raise BadAnswerError(f"no PageBatch: {error}") from None
-        return verify(batch, self._lease.layout, self._lease.generation)
+
+def read_answer(raw: bytes, lease: Lease) -> tuple[DecodedBatch, Answer]:
+    """Decodes and verifies an answer. Raises BadAnswerError."""
+    try:
+        batch = decode_batch(raw)
+    except DecodeError as error:
+        raise BadAnswerError(f"no PageBatch: {error}") from None
+    return batch, verify(batch, lease.layout, lease.generation)
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

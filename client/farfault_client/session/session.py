@@ -20,8 +20,10 @@ from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
+from farfault_client.bulk.lane import BulkHost, ProcessLane
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.backoff import backoff
+from farfault_client.session.express_lane import ExpressLane
 from farfault_client.session.grpc_lane import GrpcLane
 from farfault_client.session.lane import Lane, LaneDriver, LaneLostError, LaneUser, SessionStats
 from farfault_client.session.lease import Lease, LeaseKey, Peer, explain
@@ -46,6 +48,7 @@ class SessionConfig:
         demand_streams: parallel demand streams over gRPC.
         background_streams: parallel background streams.
         express: use the express lane where the server offers one.
+        background_process: carry the background lane in a process of its own.
     """
 
     peer: Peer
@@ -55,6 +58,7 @@ class SessionConfig:
     demand_streams: int = 1
     background_streams: int = 2
     express: bool = True
+    background_process: bool = True
 
 
 class Session:
@@ -82,6 +86,9 @@ class Session:
         self._open_lock = asyncio.Lock()
         self._opened_at = 0.0
         self._bad_in_a_row = 0
+        self._bulk: BulkHost | None = None
+        # Connections in a row that carried nothing: every second attempt leaves a lane's own port alone.
+        self._fruitless = dict.fromkeys(Lane, 0)
 
     # ---- control calls ---------------------------------------------------------------------------
 
@@ -164,6 +171,9 @@ class Session:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        if self._bulk is not None:
+            self._bulk.close()
+            self._bulk = None
         if self._control is not None:
             await self._control.close()
             self._control = None
@@ -220,6 +230,7 @@ class Session:
             user.lane_lost(lane)
             await driver.close()
         carried = stats.wire_bytes > before
+        self._fruitless[lane] = 0 if carried else self._fruitless[lane] + 1
         if carried:
             self._bad_in_a_row = 0
         return carried
@@ -227,8 +238,37 @@ class Session:
     async def _connect(self, lane: Lane, user: LaneUser) -> LaneDriver:
         assert self.lease is not None
         config, stats = self.config, self.stats.lanes[lane]
-        streams = config.demand_streams if lane is Lane.DEMAND else config.background_streams
-        return GrpcLane(lane, config.peer, self.lease, user, stats, streams=streams)
+        if lane is Lane.BACKGROUND:
+            port = self._port(pb.LANE_KIND_BACKGROUND)
+            peer = config.peer.at_port(port) if port and self._fruitless[lane] % 2 == 0 else config.peer
+            if config.background_process:
+                host = self._bulk_host()
+                return ProcessLane(host, peer, self.lease, user, stats, streams=config.background_streams)
+            return GrpcLane(lane, peer, self.lease, user, stats, streams=config.background_streams)
+        port = self._port(pb.LANE_KIND_EXPRESS)
+        if config.express and port:
+            try:
+                return await ExpressLane.connect(
+                    config.peer.at_port(port), self.lease, user, stats, batch_bytes_max=self._batch_bytes_max
+                )
+            except LaneLostError as error:
+                logger.warning("%s; demand goes over gRPC", error)
+        return GrpcLane(lane, config.peer, self.lease, user, stats, streams=config.demand_streams)
+
+    def _port(self, kind: pb.LaneKind) -> int:
+        assert self.opened is not None
+        return next((lane.port for lane in self.opened.lanes if lane.kind == kind), 0)
+
+    @property
+    def _batch_bytes_max(self) -> int:
+        assert self.opened is not None
+        pages = max(region.page_size_bytes for region in self.opened.regions)
+        return max(self.opened.limits.max_batch_bytes, pages)
+
+    def _bulk_host(self) -> BulkHost:
+        if self._bulk is None:
+            self._bulk = BulkHost(self._batch_bytes_max)
+        return self._bulk
 
     def _take(self, granted: Lease) -> None:
         """Remembers a lease; lanes that run hold the object, so one that is taken up again stays the same."""

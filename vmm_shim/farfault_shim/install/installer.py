@@ -16,7 +16,7 @@ from typing import Protocol
 
 from farfault_shim.attach.wire import HandOver, HandOverRegion
 from farfault_shim.layout import Layout, PageIndex, PageRun, Region
-from farfault_shim.uffd.userfaultfd import CopyResult, Userfaultfd
+from farfault_shim.uffd.userfaultfd import CopyResult, MappedBytes, Userfaultfd
 
 BASE_PAGE_BYTES = 4096
 EXISTING_PAGES_MAX = 1 << 20
@@ -56,7 +56,7 @@ class NoSpace(InstallError):  # noqa: N818
 class Installer(Protocol):
     """Puts runs of pages, each within one region, into memory."""
 
-    def install(self, run: PageRun, data: bytes, data_offset: int) -> InstallResult:
+    def install(self, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> InstallResult:
         """Installs ``run.count`` pages whose bytes begin at `data_offset`.
 
         Raises:
@@ -99,7 +99,7 @@ class UffdInstaller:
         self._by_base = by_base
         self._zeros = b""
 
-    def install(self, run: PageRun, data: bytes, data_offset: int) -> InstallResult:
+    def install(self, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> InstallResult:
         region, uffd, address = self._target(run)
         page_size = region.page_size_bytes
 
@@ -220,7 +220,7 @@ class FileInstaller:
         self._layout = layout
         self._ram_fds = ram_fds
 
-    def install(self, run: PageRun, data: bytes, data_offset: int) -> InstallResult:
+    def install(self, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> InstallResult:
         region = self._layout.region_of_page(run.first)
         result = InstallResult()
         for index in range(run.count):

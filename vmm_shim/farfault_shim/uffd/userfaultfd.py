@@ -46,6 +46,27 @@ class CopyResult(NamedTuple):
     error: int
 
 
+class MappedBytes:
+    """Bytes at a fixed address, part of a mapping that outlives them: what `Userfaultfd.copy` installs without a copy.
+
+    Args:
+        view: of the bytes.
+        address: of the first, in this process.
+    """
+
+    __slots__ = ("address", "view")
+
+    def __init__(self, view: memoryview, address: int) -> None:
+        self.view = view
+        self.address = address
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __getitem__(self, part: slice) -> bytes:
+        return bytes(self.view[part])
+
+
 class UserfaultfdUnavailableError(FarfaultError):
     """This process may not make a userfaultfd."""
 
@@ -108,12 +129,12 @@ class Userfaultfd:
         """Wakes the threads that sleep in the range; they look again."""
         fcntl.ioctl(self._descriptor, abi.UFFDIO_WAKE, bytearray(abi.RANGE.pack(address, size_bytes)))
 
-    def copy(self, address: int, data: bytes, data_offset: int, size_bytes: int) -> CopyResult:
+    def copy(self, address: int, data: bytes | MappedBytes, data_offset: int, size_bytes: int) -> CopyResult:
         """Installs ``data[data_offset : data_offset + size_bytes]`` at an address and wakes who sleeps there.
 
         One ioctl, and one copy of the bytes, whatever the number of pages. The GIL is released in it.
         """
-        source = _bytes_address(data) + data_offset
+        source = (_bytes_address(data) if isinstance(data, bytes) else data.address) + data_offset
         abi.COPY.pack_into(self._copy, 0, address, source, size_bytes, 0, 0)
         return self._run(abi.UFFDIO_COPY, self._copy, abi.COPY.size - 8, size_bytes)
 

@@ -1,0 +1,182 @@
+"""The demand lane without gRPC: frames on a plain stream, as `LaneHello` in pages.proto describes.
+
+Same messages, same rules, same lease. An answer is handled within `data_received`, so that a fault costs no switch
+between tasks on its way into memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+
+from farfault.v1 import pages_pb2 as pb
+from google.protobuf.message import DecodeError
+
+from farfault_client.session.answers import BadAnswerError
+from farfault_client.session.grpc_lane import read_answer
+from farfault_client.session.lane import Lane, LaneLostError, LaneStats, LaneUser
+from farfault_client.session.lease import Lease, Peer
+
+PROTOCOL_VERSION = 1
+CONNECT_TIMEOUT_S = 3.0
+SILENCE_MAX_S = 5.0
+"""An unanswered request older than this says that the connection is half open."""
+SILENCE_CHECK_S = 1.0
+FRAME_SLACK_BYTES = 64 << 10
+LENGTH = struct.Struct("<I")
+
+
+class ExpressLane(asyncio.Protocol):
+    """A `LaneDriver` on a plain stream; make one with `connect`."""
+
+    carrier = "express"
+
+    def __init__(self, lease: Lease, user: LaneUser, stats: LaneStats, frame_bytes_max: int) -> None:
+        self._lease = lease
+        self._user = user
+        self._stats = stats
+        self._frame_bytes_max = frame_bytes_max
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._welcomed = False
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._welcome: asyncio.Future[None] = self._loop.create_future()
+        self._pump_scheduled = False
+        self._outstanding = 0
+        self._waiting_since: float | None = None
+
+    @classmethod
+    async def connect(
+        cls, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, *, batch_bytes_max: int
+    ) -> ExpressLane:
+        """Connects and is let in.
+
+        Raises:
+            LaneLostError: it cannot be reached, or does not let us in; gRPC carries the lane then.
+        """
+        context = None
+        if peer.tls is not None:
+            from farfault_cli.tls import client_ssl_context
+
+            context = client_ssl_context(peer.tls)
+        host, _, port = peer.target.rpartition(":")
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, lane = await loop.create_connection(
+                    lambda: cls(lease, user, stats, batch_bytes_max + FRAME_SLACK_BYTES),
+                    host.strip("[]"),
+                    int(port),
+                    ssl=context,
+                )
+                hello = pb.LaneHello(protocol_version=PROTOCOL_VERSION, lease_id=lease.lease_id, token=lease.token)
+                lane._write(hello.SerializeToString())
+                await lane._welcome
+        except (OSError, TimeoutError) as error:
+            raise LaneLostError(f"express lane at {peer.target}: {error or 'no answer'}") from error
+        return lane
+
+    def pump(self) -> None:
+        """Sends once this turn of the event loop is over, so that faults of one turn travel together."""
+        if not self._pump_scheduled:
+            self._pump_scheduled = True
+            self._loop.call_soon(self._send)
+
+    async def run(self) -> None:
+        watch = self._loop.create_task(self._watch_silence())
+        try:
+            await self._ended
+        finally:
+            watch.cancel()
+
+    async def close(self) -> None:
+        self._end(None)
+
+    # ---- asyncio.Protocol ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(LaneLostError(f"express lane: {exc or 'the page server closed it'}"))
+
+    def data_received(self, data: bytes) -> None:
+        if self._received or len(data) < LENGTH.size:
+            self._received += data
+            data = bytes(self._received)
+            self._received.clear()
+        position, end = 0, len(data)
+        while end - position >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(data, position)
+            if length > self._frame_bytes_max:
+                self._end(BadAnswerError(f"a frame of {length} bytes, more than {self._frame_bytes_max}"))
+                return
+            if end - position - LENGTH.size < length:
+                break
+            position += LENGTH.size
+            self._frame(data[position : position + length])
+            position += length
+        if position < end:
+            self._received += data[position:]
+
+    # ---- within ----------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        self._pump_scheduled = False
+        if not self._welcomed or self._ended.done():
+            return
+        while (request := self._user.next_request(Lane.DEMAND)) is not None:
+            self._outstanding += 1
+            if self._waiting_since is None:
+                self._waiting_since = self._loop.time()
+            self._write(request.SerializeToString())
+
+    def _write(self, message: bytes) -> None:
+        assert self._transport is not None
+        self._transport.write(LENGTH.pack(len(message)) + message)
+
+    def _frame(self, frame: bytes) -> None:
+        if not self._welcomed:
+            self._let_in(frame)
+            return
+        self._stats.wire_bytes += LENGTH.size + len(frame)
+        try:
+            _, answer = read_answer(frame, self._lease)
+        except BadAnswerError as error:
+            self._end(error)
+            return
+        self._outstanding -= len(answer.done)
+        self._waiting_since = self._loop.time() if self._outstanding else None
+        self._user.answered(Lane.DEMAND, answer)
+
+    def _let_in(self, frame: bytes) -> None:
+        try:
+            welcome = pb.LaneWelcome.FromString(frame)
+        except DecodeError as error:
+            self._end(LaneLostError(f"express lane: no welcome: {error}"))
+            return
+        if welcome.code:
+            self._end(LaneLostError(f"express lane: {welcome.message}"))
+            return
+        self._welcomed = True
+        self._welcome.set_result(None)
+
+    async def _watch_silence(self) -> None:
+        """A plain stream has no keep-alive of its own: the lane is lost when a request stays unanswered."""
+        while True:
+            await asyncio.sleep(SILENCE_CHECK_S)
+            if self._waiting_since is not None and self._loop.time() - self._waiting_since > SILENCE_MAX_S:
+                self._end(LaneLostError(f"express lane: no answer for {SILENCE_MAX_S:g} s"))
+
+    def _end(self, error: Exception | None) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        for future in (self._welcome, self._ended):
+            if not future.done():
+                if error is None:
+                    future.cancel()
+                else:
+                    future.set_exception(error)
+                    future.exception()  # seen, whoever waits
