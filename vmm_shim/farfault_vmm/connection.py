@@ -244,6 +244,7 @@ def _unreachable(path: Path, error: OSError) -> UnreachableError:
 def _busy(path: Path, timeout_s: float) -> UnreachableError:
     waited = f" in {timeout_s:g} s" if timeout_s else ""
     return UnreachableError(
-        f"the VMM at {path} accepted but did not greet{waited}: QEMU serves one QMP client at a time",
+        f"the VMM at {path} does not answer{waited}, probably because it serves another client: QEMU serves one QMP "
+        "client at a time",
         "close the other client (a shell, libvirt, a second farfault), or give the VMM a second -qmp socket",
     )

@@ -4,8 +4,9 @@ The source side, around a generator that stops the VM and yields its device stat
 
     vmm = await QmpVmm.connect("/run/vm.qmp")
     await vmm.prepare_source()
-    async for chunk in vmm.suspend():
-        ...                     # leaving early, or an error, lets the VM run on as before
+    async with aclosing(vmm.suspend()) as chunks:
+        async for chunk in chunks:
+            ...                 # leaving early, or an error, lets the VM run on as before
     await vmm.resume()          # rolls back later, if the destination refuses
 
 The destination side::
@@ -23,7 +24,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from types import TracebackType
 
@@ -165,12 +166,14 @@ class QmpVmm:
         """
         await self._set_capabilities()
 
-    async def suspend(self, *, resume_on_failure: bool = True) -> AsyncIterator[bytes]:
+    async def suspend(self, *, resume_on_failure: bool = True) -> AsyncGenerator[bytes, None]:
         """Stops the VM and yields its device state; `stopped_unix_us` is set before the first chunk.
 
         The VM's memory does not change from the first chunk on. After the last one the VM is in the state
         ``postmigrate`` and stays there until `resume`. Anything else than reaching the end (an error, a
         cancellation, ``aclose()``) cancels the migration, and a VM that ran before runs again.
+
+        QEMU saves a VM once: after a failure or `cancel`, one that was paused has to run before it can be saved again.
 
         Args:
             resume_on_failure: False leaves the VM stopped on failure.
