@@ -1,0 +1,72 @@
+"""What a network does to one direction of one connection. No I/O, no clock.
+
+`PipeModel.sent` says when a chunk arrives; the time it takes is half of the round trip, plus the time that the bytes
+before it and its own take at the link's rate. All connections of a `LinkModel` share its rate in each direction.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Direction(Enum):
+    """Which way bytes go, as the client sees it."""
+
+    UP = "up"
+    DOWN = "down"
+
+
+@dataclass(slots=True)
+class LinkModel:
+    """A link of one rate and one round-trip time.
+
+    Attributes:
+        rtt_s: time of a round trip that the link adds.
+        bytes_per_s: in each direction, over all connections; 0: no limit.
+    """
+
+    rtt_s: float = 0.0
+    bytes_per_s: float = 0.0
+    _busy_until: dict[Direction, float] = field(default_factory=lambda: dict.fromkeys(Direction, 0.0))
+
+    def sent(self, direction: Direction, size_bytes: int, now: float) -> float:
+        """When the last of `size_bytes` that were sent at `now` (seconds) arrives."""
+        begin = max(now, self._busy_until[direction])
+        if self.bytes_per_s:
+            begin += size_bytes / self.bytes_per_s
+        self._busy_until[direction] = begin
+        return begin + self.rtt_s / 2
+
+
+class Fault(Enum):
+    """What can go wrong with bytes or connections."""
+
+    RESET = "reset"
+    """All connections end at once, by RST."""
+    PARTITION = "partition"
+    """Nothing passes in either direction, and nobody is told; new connections wait."""
+    HALF_OPEN = "half-open"
+    """Nothing passes on the connections that are there now, and nobody is told; new ones work."""
+    CORRUPT = "corrupt"
+    """One bit of a coming chunk towards the client is turned."""
+    TRUNCATE = "truncate"
+    """The end of a coming chunk towards the client is lost, then the connection ends."""
+    DUPLICATE = "duplicate"
+    """A coming chunk towards the client arrives twice."""
+    STALL = "stall"
+    """Everything is late by the fault's duration, once."""
+
+
+def damaged(data: bytes, fault: Fault, rng: random.Random) -> bytes:
+    """A chunk as it arrives under `CORRUPT`, `TRUNCATE` or `DUPLICATE`."""
+    if fault is Fault.CORRUPT:
+        bit = rng.randrange(len(data) * 8)
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        return bytes(changed)
+    if fault is Fault.TRUNCATE:
+        return data[: rng.randrange(len(data))]
+    assert fault is Fault.DUPLICATE
+    return data + data
