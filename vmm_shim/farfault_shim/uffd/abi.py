@@ -52,6 +52,6 @@ ZEROPAGE: Final = struct.Struct("<QQQq")
 """uffdio_zeropage: start, len, mode, zeropage."""
 MESSAGE: Final = struct.Struct("<BxxxxxxxQQI4x")
 """uffd_msg of a page fault: event, flags, address, thread id."""
-MESSAGE_RANGE: Final = struct.Struct("<BxxxxxxxQQQ")
+MESSAGE_RANGE: Final = struct.Struct("<BxxxxxxxQQ8x")
 """uffd_msg of a remove or unmap: event, start, end."""
 MESSAGE_BYTES: Final = 32
