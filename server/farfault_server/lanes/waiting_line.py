@@ -72,6 +72,12 @@ class WaitingLine:
         """Do not push before some pieces are taken: read no more from the client."""
         return self._ranges_waiting >= RANGES_WAITING_MAX
 
+    def clear(self) -> None:
+        """Forgets everything that waits: nobody will read the answers."""
+        for requests in self._by_priority:
+            requests.clear()
+        self._ranges_waiting = self.requests_waiting = 0
+
     def push(self, request_id: int, priority: int, ranges: Iterable[PageRange], now_us: int) -> None:
         """A request has come. Any values are fine; what cannot be served gets its status in the answer."""
         is_counted = self.requests_waiting < self._limits.max_requests_in_flight

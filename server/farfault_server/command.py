@@ -1,0 +1,226 @@
+"""``farfault serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+from farfault_cli.errors import UsageError
+from farfault_cli.logs import configure_logging
+
+if TYPE_CHECKING:
+    from farfault_server.leases.store import Store
+    from farfault_server.memory import PageRegion
+    from farfault_server.server import PageServer
+    from farfault_server.source_vm import SourceVmm
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LISTEN: Final = "127.0.0.1:7777"
+SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+ADMISSION_VARIABLE: Final = "FARFAULT_ADMISSION_TOKEN_FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The command line of ``farfault serve``; the fields are the options."""
+
+    ram: tuple[str, ...]
+    pid: int | None
+    synthetic: int | None
+    seed: int
+    qmp: Path | None
+    is_frozen: bool
+    state: Path | None
+    abandon: bool
+    listen: str
+    port_file: Path | None
+    admission_token_file: Path | None
+    leases_max: int
+
+
+class Size(click.ParamType["int"]):
+    """A number of bytes with an optional unit: 4096, 512MiB, 64GiB."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 512MiB or 64GiB", param, ctx)
+        return int(match[1]) * SIZE_UNITS[match[2].upper()]
+
+
+@click.command(short_help="Serve the memory of a VM, page by page.")
+@click.option("--ram", multiple=True, metavar="WHAT", help="RAM file; repeat for several regions, in guest order.")
+@click.option("--pid", type=int, help="Take --ram from this process: PATH, fd:N or memfd=NAME.")
+@click.option("--synthetic", type=Size(), help="Serve made-up memory of this size instead, for load tests.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the synthetic memory.")
+@click.option("--qmp", type=click.Path(path_type=Path), help="QMP socket of the source VMM: lets a client move the VM.")
+@click.option("--frozen", is_flag=True, help="The VM is stopped already; assumed without --qmp.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    help="Directory that keeps leases over a restart.  [default with --qmp: QMP.farfault]",
+)
+@click.option("--abandon", is_flag=True, help="Take a suspended VM back from a destination that is gone: it runs.")
+@click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT", help="Port 0: any.")
+@click.option("--port-file", type=click.Path(path_type=Path), help="Write the bound port here when ready.")
+@click.option(
+    "--admission-token-file",
+    type=click.Path(path_type=Path),
+    envvar=ADMISSION_VARIABLE,
+    help="Only clients that show the token in this file may open a lease.",
+)
+@click.option("--leases-max", type=click.IntRange(1, 1024), default=64, show_default=True, help="Leases at a time.")
+@click.option("--log-level", default="info", show_default=True, help="debug, info, warning, error.")
+@click.option("--json-logs", is_flag=True, help="One JSON object a line.")
+def serve(*, frozen: bool, log_level: str, json_logs: bool, **options: object) -> None:
+    """Serve the memory of a VM, page by page.
+
+    The memory is a RAM file that the VMM maps shared, the memory of a running VMM, a snapshot, or made up from a
+    seed. With --qmp the server can also stop the VM and hand it over to a destination.
+
+    \b
+    A VM that can be moved (QEMU: -object memory-backend-file,mem-path=/dev/shm/vm.ram,share=on,...):
+        farfault serve --ram /dev/shm/vm.ram --qmp /run/vm.qmp
+    The memfd of a running QEMU:
+        farfault serve --pid 4711 --ram memfd=pc.ram --qmp /run/vm.qmp
+    A snapshot for many readers:
+        farfault serve --ram vm.snapshot
+    64 GiB for a load test, without any RAM:
+        farfault serve --synthetic 64GiB --seed 7
+
+    SIGTERM ends the server and never touches the VM; SIGUSR1 writes its state to the log.
+    """
+    configure_logging(level=log_level, as_json=json_logs)
+    import uvloop
+
+    uvloop.run(run(ServeOptions(is_frozen=frozen, **options)))  # type: ignore[arg-type]
+
+
+async def run(options: ServeOptions) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        UsageError: an option or what it names is wrong.
+    """
+    from farfault_server.server import PageServer, ServerConfig, read_token_file
+
+    if options.is_frozen and options.qmp is not None:
+        raise UsageError("--frozen and --qmp exclude each other", "with --qmp the server knows the state of the VM")
+    host, port = parse_address(options.listen)
+    token_file = options.admission_token_file
+    config = ServerConfig(
+        host=host,
+        port=port,
+        leases_max=options.leases_max,
+        admission_token=read_token_file(token_file) if token_file is not None else None,
+        abandon=options.abandon,
+    )
+    async with AsyncExitStack() as stack:
+        server = PageServer(open_regions(options), config, open_store(options), await connect_vmm(options.qmp))
+        await server.start()
+        stack.push_async_callback(server.stop)
+        for region in server.regions:
+            logger.info("serving %s (%s), %d MiB", region.name, region.backing, region.size_bytes >> 20)
+        logger.info("listening on %s:%d", host, server.port)
+        if options.port_file is not None:
+            write_port(options.port_file, server.port)
+        await wait_for_end(server)
+        logger.info("ending; the VM stays as it is")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT``, with brackets around an IPv6 host.
+
+    Raises:
+        UsageError: it is no such thing.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{text!r} is not an address", "give HOST:PORT, for example 0.0.0.0:7777 or [::1]:7777")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def open_regions(options: ServeOptions) -> list[PageRegion]:
+    """The memory that the options name.
+
+    Raises:
+        UsageError: with what is wrong.
+    """
+    from farfault_server.memory.opening import REGIONS_MAX, open_ram
+    from farfault_server.memory.synthetic_region import PAGE_SIZE_BYTES, SyntheticRegion
+
+    if (options.synthetic is None) == (not options.ram):
+        raise UsageError("give either --ram or --synthetic", "for example: farfault serve --ram /dev/shm/vm.ram")
+    if options.synthetic is not None:
+        if options.synthetic == 0 or options.synthetic % PAGE_SIZE_BYTES:
+            raise UsageError(f"--synthetic must be a positive multiple of {PAGE_SIZE_BYTES} bytes")
+        return [SyntheticRegion(options.seed, 0, options.synthetic)]
+    if len(options.ram) > REGIONS_MAX:
+        raise UsageError(f"more than {REGIONS_MAX} regions")
+    if options.pid is not None and options.qmp is None and not options.is_frozen:
+        logger.warning("process %d must not run its VM while its memory is served; --frozen says that", options.pid)
+    return [open_ram(ram, options.pid) for ram in options.ram]
+
+
+def open_store(options: ServeOptions) -> Store:
+    """Where leases are kept. With control of a VM they always are: a record decides who owns it."""
+    from farfault_server.leases.store import DirectoryStore, MemoryStore
+
+    state = options.state
+    if state is None and options.qmp is not None:
+        state = options.qmp.with_name(options.qmp.name + ".farfault")
+    return MemoryStore() if state is None else DirectoryStore(state)
+
+
+async def connect_vmm(qmp: Path | None) -> SourceVmm | None:
+    """Control of the VMM, where there is one."""
+    if qmp is None:
+        return None
+    from farfault_vmm.qmp import QmpVmm
+
+    return await QmpVmm.connect(qmp)
+
+
+def write_port(path: Path, port: int) -> None:
+    """Whole or not at all: a script may read it as soon as it is there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(f"{port}\n")
+    temporary.replace(path)
+
+
+async def wait_for_end(server: PageServer) -> None:
+    """Returns at SIGTERM or SIGINT."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGUSR1, log_state, server)
+    await ended.wait()
+
+
+def log_state(server: PageServer) -> None:
+    """For SIGUSR1."""
+    book = server.keeper.book
+    logger.info("state: VM %s, generation %d, %d leases", book.phase.value, book.generation, len(book.leases))
+    for lease in book.leases.values():
+        logger.info(
+            "state: lease %s of %r: kind %d, %d streams, seen %.0f s ago",
+            lease.lease_id,
+            lease.client_name,
+            lease.kind,
+            server.streams.count(lease.lease_id),
+            server.keeper.idle_s(lease.lease_id),
+        )
+    for name in ("demand", "background", "express"):
+        logger.info("state: %s %s", name, getattr(server.stats, name).to_json())

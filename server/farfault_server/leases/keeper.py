@@ -1,0 +1,112 @@
+"""Holds the record at run time: changes one after the other, each durable and known to all lanes before it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from farfault_server.leases.book import Lease, LeaseBook
+from farfault_server.leases.refusals import Code, RefusedError
+from farfault_server.leases.store import Store
+from farfault_server.memory import ServedMemory
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class LeaseKeeper:
+    """The record, and who was seen when.
+
+    Args:
+        book: the record at the start; it is saved by `change` or `save_now` only.
+        store: where it is kept.
+        memory: follows the record: readable while the VM is stopped, and of its generation.
+    """
+
+    def __init__(self, book: LeaseBook, store: Store, memory: ServedMemory) -> None:
+        self.book = book
+        self.memory = memory
+        self.publish: Callable[[], Awaitable[None]] = _nobody
+        """Called after each change; returns when every other process of the server knows it."""
+        self.lease_ended: Callable[[str], None] = _ignore
+        """Called with the id of a lease that is no longer there."""
+        self._store = store
+        self._lock = asyncio.Lock()
+        self._seen_s: dict[str, float] = {}
+        self._follow(book)
+
+    def save_now(self) -> None:
+        """Saves the record as it is; for the start of the server.
+
+        Raises:
+            OSError: see `Store.save`.
+        """
+        self._store.save(self.book)
+
+    def authorize(self, lease_id: str | None, token: str | None) -> Lease:
+        """As `LeaseBook.authorize`; the client counts as seen."""
+        lease = self.book.authorize(lease_id, token)
+        self.saw(lease.lease_id)
+        return lease
+
+    def saw(self, lease_id: str) -> None:
+        """The client of a lease is there."""
+        self._seen_s[lease_id] = time.monotonic()
+
+    def idle_s(self, lease_id: str) -> float:
+        """Since when a client was not seen; one from before a restart counts as seen at the start."""
+        now = time.monotonic()
+        return now - self._seen_s.setdefault(lease_id, now)
+
+    async def change(self, decide: Callable[[LeaseBook], tuple[LeaseBook, T]]) -> T:
+        """Makes the next record, saves it, and tells everyone; then returns what `decide` returned beside it.
+
+        Raises:
+            RefusedError: `decide` refused, or the record could not be saved (INTERNAL); nothing has changed.
+        """
+        # A caller that is cancelled leaves a change that goes on: what is on disk and what is here stay the same.
+        return await asyncio.shield(asyncio.ensure_future(self._change(decide)))
+
+    async def _change(self, decide: Callable[[LeaseBook], tuple[LeaseBook, T]]) -> T:
+        async with self._lock:
+            book, result = decide(self.book)
+            if book is self.book:
+                return result
+            try:
+                await asyncio.to_thread(self._store.save, book)
+            except OSError as error:
+                logger.error("cannot save the lease record: %s", error)
+                raise RefusedError(
+                    Code.INTERNAL,
+                    f"the page server cannot save its lease record: {error.strerror}",
+                    "make room in, or repair, the file system of its --state directory",
+                ) from error
+            ended = self.book.leases.keys() - book.leases.keys()
+            self.book = book
+            self._follow(book)
+            for lease_id in ended:
+                self._seen_s.pop(lease_id, None)
+                self.lease_ended(lease_id)
+            await self.publish()
+            return result
+
+    async def mark_stopped(self) -> None:
+        """The VM that is being suspended has stopped: its memory may be read from now on."""
+        self.memory.readable = True
+        await self.publish()
+
+    def _follow(self, book: LeaseBook) -> None:
+        self.memory.readable = book.is_stopped
+        self.memory.generation = book.generation
+
+
+async def _nobody() -> None:
+    """There is no other process."""
+
+
+def _ignore(lease_id: str) -> None:
+    """Nobody wants to know."""

@@ -1,0 +1,70 @@
+"""SourceService: the VM behind the memory."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+from farfault.v1 import pages_pb2 as pb
+from farfault_cli.errors import FarfaultError
+
+from farfault_server.leases.keeper import LeaseKeeper
+from farfault_server.rpc.calls import Context, abort, credentials, with_refusals
+from farfault_server.rpc.page_service import unary
+from farfault_server.source_vm import VmOwner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SourceService:
+    """The handlers of SourceService."""
+
+    keeper: LeaseKeeper
+    owner: VmOwner
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For a gRPC server."""
+        return grpc.method_handlers_generic_handler(
+            "farfault.v1.SourceService",
+            {
+                "DescribeVm": unary(self.describe_vm, pb.DescribeVmRequest),
+                "Suspend": grpc.unary_stream_rpc_method_handler(
+                    self.suspend,
+                    request_deserializer=pb.SuspendRequest.FromString,
+                    response_serializer=lambda chunk: chunk.SerializeToString(),
+                ),
+                "HandOver": unary(self.hand_over, pb.HandOverRequest),
+                "Resume": unary(self.resume, pb.ResumeRequest),
+            },
+        )
+
+    @with_refusals
+    async def describe_vm(self, _request: pb.DescribeVmRequest, context: Context) -> pb.DescribeVmResponse:
+        self.keeper.authorize(*credentials(context))
+        return pb.DescribeVmResponse(description=(await self.owner.describe()).to_proto())
+
+    async def suspend(self, _request: pb.SuspendRequest, context: Context) -> None:
+        """Writes the chunks itself: a write that fails, or a client that leaves, ends the generator early."""
+        try:
+            lease = self.keeper.authorize(*credentials(context))
+            async with aclosing(self.owner.suspend(lease)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    await context.write(chunk)
+        except FarfaultError as error:
+            logger.warning("Suspend failed: %s", error.problem)
+            await abort(context, error)
+
+    @with_refusals
+    async def hand_over(self, request: pb.HandOverRequest, context: Context) -> pb.HandOverResponse:
+        lease = self.keeper.authorize(*credentials(context))
+        await self.owner.hand_over(lease, request.generation)
+        return pb.HandOverResponse()
+
+    @with_refusals
+    async def resume(self, _request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
+        lease = self.keeper.authorize(*credentials(context))
+        await self.owner.resume(lease)
+        return pb.ResumeResponse()

@@ -1,0 +1,202 @@
+"""The page server as a whole: memory, leases and lanes behind one gRPC port and its side ports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import grpc.aio
+from farfault.v1 import pages_pb2 as pb
+from farfault_cli.errors import UsageError
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from farfault_server.lanes.limits import REQUEST_BYTES_MAX, LaneLimits
+from farfault_server.lanes.streams import Streams
+from farfault_server.leases.book import LeaseBook
+from farfault_server.leases.keeper import LeaseKeeper
+from farfault_server.leases.store import MemoryStore, Store
+from farfault_server.memory import PageRegion, ServedMemory
+from farfault_server.rpc.page_service import LEASES_MAX, PageService, ServerStats
+from farfault_server.rpc.source_service import SourceService
+from farfault_server.source_vm import SourceVmm, VmOwner
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S: Final = 2.0
+"""Calls that are under way when the server ends may go on for this long."""
+WATCH_INTERVAL_S: Final = 1.0
+"""How often the VM, which should stand still, is looked at."""
+MESSAGE_BYTES_MAX: Final = 8 << 20
+"""Of an answer; a request is bound by `REQUEST_BYTES_MAX`."""
+
+CHANNEL_OPTIONS: Final[Sequence[tuple[str, int]]] = (
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
+    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_concurrent_streams", 256),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),  # clients ping to notice a loss early
+)
+
+SERVICES: Final = ("farfault.v1.PageService", "farfault.v1.SourceService")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """How to serve.
+
+    Attributes:
+        host: address to listen on.
+        port: of the gRPC port; 0: any.
+        leases_max: of both kinds.
+        admission_token: what Open needs; None: nothing.
+        abandon: takes a suspended VM back from its destination at the start.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    leases_max: int = LEASES_MAX
+    admission_token: str | None = None
+    abandon: bool = False
+
+
+@dataclass(slots=True)
+class PageServer:
+    """A page server. `start`, then `stop`; the VM is never touched by either, but see `VmOwner.recover`.
+
+    Args:
+        regions: the memory; closed by `stop`.
+        config: how to serve.
+        store: where leases are kept.
+        vmm: control of the VMM, where there is one.
+    """
+
+    regions: Sequence[PageRegion]
+    config: ServerConfig = field(default_factory=ServerConfig)
+    store: Store = field(default_factory=MemoryStore)
+    vmm: SourceVmm | None = None
+    stats: ServerStats = field(default_factory=ServerStats)
+    streams: Streams = field(default_factory=Streams)
+    port: int = 0
+    keeper: LeaseKeeper = field(init=False)
+    owner: VmOwner = field(init=False)
+    _server: grpc.aio.Server = field(init=False)
+    _health: health_aio.HealthServicer = field(init=False)
+    _watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes the record up, listens, and serves. `port` is bound afterwards.
+
+        Raises:
+            UsageError: the address cannot be had.
+            FarfaultError: the record and this start do not fit, or the VMM cannot be asked.
+        """
+        memory = ServedMemory(self.regions)
+        self.keeper = LeaseKeeper(self._load_book(), self.store, memory)
+        self.keeper.save_now()
+        self.keeper.lease_ended = self.streams.end_lease
+        self.owner = VmOwner(self.vmm, self.keeper)
+        await self.owner.recover(abandon=self.config.abandon)
+        self._server = self._make_server()
+        self.port = self._listen()
+        await self._server.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        if self.vmm is not None:
+            self._watch = asyncio.create_task(self._watch_vm(), name="watch VM")
+
+    def _load_book(self) -> LeaseBook:
+        identity = [region.identity() for region in self.regions]
+        book = self.store.load()
+        is_controlled = self.vmm is not None
+        if book is None:
+            return LeaseBook.fresh(is_controlled=is_controlled, memory_identity=None if is_controlled else identity)
+        if book.is_controlled != is_controlled:
+            raise UsageError(
+                "the state directory belongs to a server " + ("without" if is_controlled else "with") + " --qmp",
+                "start it as before, or name another --state",
+            )
+        resumed = book.with_memory(identity)
+        if resumed is not book:
+            logger.warning("the memory is not that of the record: it gets a new generation")
+        return resumed
+
+    def _make_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(options=list(CHANNEL_OPTIONS))
+        pages = PageService(
+            self.keeper,
+            self.owner,
+            LaneLimits.for_regions(self.regions),
+            self.streams,
+            self.stats,
+            lanes=self._lanes,
+            admission_token=self.config.admission_token,
+            leases_max=self.config.leases_max,
+        )
+        server.add_generic_rpc_handlers((pages.handler(), SourceService(self.keeper, self.owner).handler()))
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _listen(self) -> int:
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        address = f"{host}:{self.config.port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise UsageError(
+                f"cannot listen on {address}", "another program uses the port, or the address is not of this host"
+            )
+        return port
+
+    def _lanes(self) -> list[pb.LaneAddress]:
+        return []
+
+    async def _watch_vm(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            await self.owner.check_stopped()
+
+    async def stop(self, drain_s: float = DRAIN_S) -> None:
+        """Accepts nothing more, ends streams, closes. The VM and the leases stay as they are."""
+        await self._health.enter_graceful_shutdown()
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        self.streams.end_all()
+        await self._server.stop(drain_s)
+        if self.vmm is not None:
+            await self.vmm.close()
+        for region in self.regions:
+            region.close()
+
+
+def read_token_file(path: Path) -> str:
+    """The admission token: the first line of a file.
+
+    Raises:
+        UsageError: it cannot be read or is empty.
+    """
+    try:
+        token = path.read_text().splitlines()[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the admission token file {path}: {error}") from error
+    except IndexError:
+        token = ""
+    if not token:
+        raise UsageError(f"the admission token file {path} is empty", "write a long random line into it")
+    return token

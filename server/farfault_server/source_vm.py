@@ -1,0 +1,210 @@
+"""The VM behind the memory: what the server needs of its VMM, and who may stop and start it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Protocol
+
+import xxhash
+from farfault.v1 import pages_pb2 as pb
+from farfault_cli.errors import FarfaultError
+from farfault_vmm.description import VmDescription
+
+from farfault_server.leases.book import Lease
+from farfault_server.leases.keeper import LeaseKeeper
+from farfault_server.leases.phases import Phase, Step
+from farfault_server.leases.refusals import Code, RefusedError
+
+logger = logging.getLogger(__name__)
+
+RUNNING = "running"
+DEVICE_STATE_BYTES_MAX = 1 << 30
+
+
+class SourceVmm(Protocol):
+    """Control of a VMM; `farfault_vmm.qmp.QmpVmm` is one."""
+
+    stopped_unix_us: int | None
+
+    async def describe(self) -> VmDescription:
+        """What the VM is."""
+
+    async def prepare_source(self) -> None:
+        """All that can be done for a move while the VM runs."""
+
+    def suspend(self) -> AsyncIterator[bytes]:
+        """Stops the VM and yields its device state; leaving it early lets the VM run again."""
+
+    async def resume(self) -> None:
+        """The VM runs again. Idempotent."""
+
+    async def status(self) -> str:
+        """The run state, ``running`` if it runs."""
+
+    async def close(self) -> None:
+        """Ends the control; the VM stays as it is."""
+
+
+class VmOwner:
+    """Stops, starts and hands over the VM, each step on record first.
+
+    Args:
+        vmm: None: the memory is a snapshot, or that of a VM stopped by other means.
+        keeper: the record.
+    """
+
+    def __init__(self, vmm: SourceVmm | None, keeper: LeaseKeeper) -> None:
+        self._vmm = vmm
+        self._keeper = keeper
+        self._lock = asyncio.Lock()
+
+    @property
+    def vmm(self) -> SourceVmm:
+        """The VMM.
+
+        Raises:
+            RefusedError: UNIMPLEMENTED, there is none.
+        """
+        if self._vmm is None:
+            raise RefusedError(
+                Code.UNIMPLEMENTED,
+                "this page server has no control of a VMM",
+                "start it with farfault serve --qmp PATH, or move only the memory",
+            )
+        return self._vmm
+
+    async def describe(self) -> VmDescription:
+        """Prepares the VM for a move, so that the description tells what will hold then."""
+        if self._keeper.book.phase is Phase.RUNNING:
+            await self.vmm.prepare_source()
+        return await self.vmm.describe()
+
+    async def suspend(self, lease: Lease) -> AsyncIterator[pb.DeviceStateChunk]:
+        """Stops the VM and yields its device state. Left before the end, the VM runs again."""
+        vmm = self.vmm
+        self._keeper.book.check_owner(lease)
+        if self._lock.locked():
+            raise RefusedError(Code.FAILED_PRECONDITION, "another call changes the VM now", "try again")
+        async with self._lock:
+            await self._step(Step.SUSPEND)
+            is_sent = False
+            try:
+                async for chunk in self._device_state(vmm):
+                    yield chunk
+                is_sent = True
+            finally:
+                if not is_sent:
+                    logger.warning("the device state was not sent whole: the VM runs again")
+                    await asyncio.shield(asyncio.ensure_future(self._resume()))
+
+    async def _device_state(self, vmm: SourceVmm) -> AsyncIterator[pb.DeviceStateChunk]:
+        hashed = xxhash.xxh3_64()
+        size_bytes = 0
+        generation = self._keeper.book.generation
+        async with aclosing(vmm.suspend()) as chunks:  # type: ignore[type-var]
+            async for data in chunks:
+                if not size_bytes:
+                    await self._keeper.mark_stopped()
+                hashed.update(data)
+                size_bytes += len(data)
+                if size_bytes > DEVICE_STATE_BYTES_MAX:
+                    raise FarfaultError(
+                        f"the device state is longer than {DEVICE_STATE_BYTES_MAX >> 20} MiB",
+                        "RAM seems to travel in it: back it with share=on",
+                    )
+                yield pb.DeviceStateChunk(data=data, generation=generation, stopped_unix_us=vmm.stopped_unix_us or 0)
+        identity = [region.identity() for region in self._keeper.memory.regions]
+        await self._keeper.change(lambda book: (book.step(Step.STATE_SENT, identity), None))
+        logger.info("the VM is stopped; %d bytes of device state", size_bytes)
+        yield pb.DeviceStateChunk(
+            last=True,
+            checksum=hashed.intdigest(),
+            generation=generation,
+            stopped_unix_us=vmm.stopped_unix_us or 0,
+        )
+
+    async def hand_over(self, lease: Lease, generation: int) -> None:
+        """The destination owns the VM when this returns."""
+        vmm = self.vmm
+        self._keeper.book.check_owner(lease)
+        async with self._lock:
+            book = self._keeper.book
+            book.check_hand_over(generation)
+            if book.phase is Phase.FROZEN and await self._runs(vmm):
+                await self._found_running()
+                raise RefusedError(
+                    Code.FAILED_PRECONDITION,
+                    "the source VM runs: somebody resumed it past the page server",
+                    "its device state is stale; suspend again",
+                )
+            await self._step(Step.HAND_OVER)
+        logger.info("the VM is handed over: the destination owns it")
+
+    async def resume(self, lease: Lease) -> None:
+        """Rolls back."""
+        _ = self.vmm
+        self._keeper.book.check_owner(lease)
+        async with self._lock:
+            await self._resume()
+
+    async def ensure_running(self) -> None:
+        """Before a migration lease is given back: a VM that was suspended runs again."""
+        if self._vmm is None:
+            return
+        async with self._lock:
+            if self._keeper.book.phase in (Phase.SUSPENDING, Phase.FROZEN, Phase.RESUMING):
+                await self._resume()
+
+    async def recover(self, *, abandon: bool = False) -> None:
+        """At the start of the server: brings record and VM together.
+
+        Args:
+            abandon: a VM that was suspended for a destination runs again, unless it was handed over.
+
+        Raises:
+            FarfaultError: the VMM cannot be asked.
+        """
+        phase = self._keeper.book.phase
+        if self._vmm is None:
+            return
+        async with self._lock:
+            if phase in (Phase.SUSPENDING, Phase.RESUMING):
+                logger.warning("the server ended in the middle of a suspend or resume: the VM runs again")
+                await self._resume()
+            elif phase is Phase.FROZEN and abandon:
+                logger.warning("the suspended VM is taken back from its destination: it runs again")
+                await self._resume()
+        await self.check_stopped()
+
+    async def check_stopped(self) -> None:
+        """Looks whether the VM, which should stand still, was started past the server; then its memory is another."""
+        if self._vmm is None or not self._keeper.book.is_stopped or self._lock.locked():
+            return
+        async with self._lock:
+            if self._keeper.book.is_stopped and await self._runs(self._vmm):
+                await self._found_running()
+
+    async def _found_running(self) -> None:
+        logger.error("the source VM runs although it was stopped for a move: its pages are of a new generation")
+        await self._step(Step.FOUND_RUNNING)
+
+    async def _runs(self, vmm: SourceVmm) -> bool:
+        """A VMM that does not answer any more does not run its VM."""
+        try:
+            return await vmm.status() == RUNNING
+        except FarfaultError as error:
+            logger.warning("the source VMM does not answer: %s", error.problem)
+            return False
+
+    async def _resume(self) -> None:
+        await self._step(Step.RESUME)
+        if self._keeper.book.phase is Phase.RESUMING:
+            await self.vmm.resume()
+            await self._step(Step.RESUMED)
+            logger.info("the VM runs again")
+
+    async def _step(self, step: Step) -> None:
+        await self._keeper.change(lambda book: (book.step(step), None))
