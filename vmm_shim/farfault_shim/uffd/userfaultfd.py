@@ -90,13 +90,20 @@ class Userfaultfd:
         self._zeropage = bytearray(abi.ZEROPAGE.size)
 
     @classmethod
-    def create(cls, features: int = 0) -> Self:
+    def create(cls, features: int = 0, device_fd: int | None = None) -> Self:
         """Makes one, by the system call or else by ``/dev/userfaultfd``, and negotiates features.
+
+        Args:
+            features: UFFD_FEATURE_ bits.
+            device_fd: an inherited descriptor of ``/dev/userfaultfd``, used instead of either.
 
         Raises:
             UserfaultfdUnavailableError: not permitted, or the kernel lacks a feature.
         """
-        descriptor = _create_descriptor()
+        if device_fd is None:
+            descriptor = _create_descriptor()
+        else:
+            descriptor = fcntl.ioctl(device_fd, abi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             fcntl.ioctl(descriptor, abi.UFFDIO_API, bytearray(abi.API.pack(abi.UFFD_API, features, 0)))
         except OSError as error:

@@ -1,0 +1,1 @@
+"""Starting an unmodified VMM under the preload library."""
