@@ -25,6 +25,18 @@ static void pause_ms(long ms)
     nanosleep(&interval, NULL);
 }
 
+static const char *fault_source(void)
+{
+    switch (ff_config.mode) {
+    case FF_MODE_NOWAIT:
+        return "stock-nowait";
+    case FF_MODE_KERNEL_NOWAIT:
+        return "kernel-nowait";
+    default:
+        return "blocking";
+    }
+}
+
 /* The JSON and its descriptors. Returns the length of the text. */
 static size_t describe(int *descriptors, unsigned *count)
 {
@@ -55,8 +67,7 @@ static size_t describe(int *descriptors, unsigned *count)
         if (i == 0)
             used += (size_t)snprintf(handover + used, sizeof handover - used,
                                      ",\"farfault\":{\"version\":%u,\"fault_source\":\"%s\",\"fds\":[%s]}",
-                                     FF_ATTACH_VERSION,
-                                     ff_config.mode == FF_MODE_NOWAIT ? "stock-nowait" : "blocking", names);
+                                     FF_ATTACH_VERSION, fault_source(), names);
         used += (size_t)snprintf(handover + used, sizeof handover - used, "}");
     }
     used += (size_t)snprintf(handover + used, sizeof handover - used, "]");

@@ -19,6 +19,7 @@
 #ifndef USERFAULTFD_IOC_NEW /* Linux 6.1 */
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
+#define MEMORY_FAULT_INFO_ENABLE 1 /* KVM_MEMORY_FAULT_INFO_ENABLE of the absent-mapping-fault series */
 #define HUGETLBFS_FILESYSTEM 0x958458f6
 
 struct ff_region ff_regions[FF_REGIONS_MAX];
@@ -37,7 +38,11 @@ static unsigned mapped_count;
 
 static int make_userfaultfd(uint64_t features)
 {
-    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    int fd = -1;
+    if (ff_config.userfaultfd_device >= 0)
+        fd = ff_real_ioctl(ff_config.userfaultfd_device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) {
         int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
         if (device >= 0) {
@@ -134,6 +139,9 @@ void ff_memory_mapped(void *address, size_t length, int flags, int fd, off_t off
     if (fstat(fd, &status) || offset != 0 || (uint64_t)status.st_size != length)
         ff_die("%s: %zu bytes mapped at %ld of a file of %ld; map the whole file", name, length, (long)offset,
                (long)status.st_size);
+    if (status.st_blocks)
+        ff_die("%s already holds %ld KiB; pages that are there are never fetched; remove it and start again", name,
+               (long)status.st_blocks / 2);
     pthread_rwlock_wrlock(&lock);
     if (!ff_state)
         make_state();
@@ -188,6 +196,19 @@ static void remember_slot(const struct kvm_userspace_memory_region *set, unsigne
     publish_slots();
 }
 
+/* Kernel NOWAIT: the slot's vCPU faults leave KVM_RUN; some kernels annotate them only when told to. */
+static void add_slot_flag(int vm_fd, uint8_t *region, uint32_t flags)
+{
+    static atomic_bool informed;
+    flags |= ff_config.slot_flag;
+    memcpy(region + offsetof(struct kvm_userspace_memory_region, flags), &flags, sizeof flags);
+    if (ff_config.info_capability && !atomic_exchange(&informed, true)) {
+        struct kvm_enable_cap enable = {.cap = ff_config.info_capability, .args = {MEMORY_FAULT_INFO_ENABLE}};
+        if (ff_real_ioctl(vm_fd, KVM_ENABLE_CAP, &enable))
+            ff_log("KVM_ENABLE_CAP(%u): %s; exits may carry no address", ff_config.info_capability, strerror(errno));
+    }
+}
+
 int ff_memory_set_slot(int vm_fd, unsigned long request, const void *argument, size_t argument_bytes)
 {
     uint8_t copy[256];
@@ -205,6 +226,8 @@ int ff_memory_set_slot(int vm_fd, unsigned long request, const void *argument, s
         uint64_t alias = (uintptr_t)ff_regions[region].alias + (set.userspace_addr - (uintptr_t)ff_regions[region].base);
         memcpy(copy + offsetof(struct kvm_userspace_memory_region, userspace_addr), &alias, sizeof alias);
     }
+    if (ours && ff_config.mode == FF_MODE_KERNEL_NOWAIT)
+        add_slot_flag(vm_fd, copy, set.flags);
     int result = ff_real_ioctl(vm_fd, request, copy);
     if (result == 0 && (ours || !set.memory_size)) {
         pthread_rwlock_wrlock(&lock);
@@ -214,7 +237,7 @@ int ff_memory_set_slot(int vm_fd, unsigned long request, const void *argument, s
     return result;
 }
 
-uint8_t *ff_memory_at(uint64_t gpa, uint64_t size, bool alias)
+uint8_t *ff_memory_at(uint64_t gpa, uint64_t size, bool for_kvm)
 {
     uint8_t *found = NULL;
     pthread_rwlock_rdlock(&lock);
@@ -222,7 +245,7 @@ uint8_t *ff_memory_at(uint64_t gpa, uint64_t size, bool alias)
         const struct slot *slot = &slots[i];
         if (slot->size && gpa >= slot->gpa && gpa - slot->gpa < slot->size && size <= slot->size - (gpa - slot->gpa)) {
             const struct ff_region *region = &ff_regions[slot->region];
-            uint8_t *start = alias ? region->alias : region->base;
+            uint8_t *start = for_kvm && region->alias ? region->alias : region->base;
             found = start ? start + slot->region_offset + (gpa - slot->gpa) : NULL;
         }
     }

@@ -1,6 +1,8 @@
 /* The C library's own functions, the configuration from the environment, and the log. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,7 +11,7 @@
 
 #include "shim.h"
 
-struct ff_config ff_config;
+struct ff_config ff_config = {.userfaultfd_device = -1};
 void *(*ff_real_mmap)(void *, size_t, int, int, int, off_t);
 int (*ff_real_ioctl)(int, unsigned long, ...);
 
@@ -69,6 +71,23 @@ static void forget_preload(void)
     free(value);
 }
 
+/* As /proc/self/fd will show it: links resolved, also where the VMM has yet to make the file. */
+static const char *resolve(const char *path, char resolved[FF_PATH_BYTES])
+{
+    char folder[FF_PATH_BYTES];
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    if (realpath(path, resolved))
+        return resolved;
+    int length = snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    if (length < 0 || (size_t)length >= sizeof folder || !realpath(folder, resolved))
+        return path;
+    size_t used = strcmp(resolved, "/") ? strlen(resolved) : 0;
+    if (used + strlen(name) + 2 > FF_PATH_BYTES)
+        return path;
+    sprintf(resolved + used, "/%s", name);
+    return resolved;
+}
+
 static void read_ram(char *list)
 {
     char *state = NULL;
@@ -78,8 +97,8 @@ static void read_ram(char *list)
         char *slot = ff_config.ram[ff_config.ram_count++];
         char resolved[FF_PATH_BYTES];
         const char *name = entry;
-        if (strncmp(entry, "memfd=", 6) != 0 && realpath(entry, resolved))
-            name = resolved;
+        if (strncmp(entry, "memfd=", 6) != 0)
+            name = resolve(entry, resolved);
         if (strlen(name) >= FF_PATH_BYTES)
             ff_die("FARFAULT_RAM: path too long: %s", name);
         strcpy(slot, name);
@@ -99,12 +118,47 @@ static void read_annotator(const char *text)
     ff_config.address_size = size;
 }
 
+/* FLAG[:INFO_CAPABILITY], decimal: the numbers of a patched kernel. */
+static void read_kernel_nowait(const char *text)
+{
+    unsigned flag = 0, capability = 0;
+    if (!text || sscanf(text, "%u:%u", &flag, &capability) < 1 || !flag)
+        ff_die("FARFAULT_KERNEL_NOWAIT=%s is not FLAG[:INFO_CAPABILITY]; start the VMM with `farfault run`",
+               text ? text : "");
+    ff_config.slot_flag = flag;
+    ff_config.info_capability = capability;
+}
+
+static void read_userfaultfd_device(const char *text)
+{
+    char *end;
+    long descriptor = strtol(text, &end, 10);
+    if (*end || descriptor < 0 || descriptor > INT_MAX || fcntl((int)descriptor, F_SETFD, FD_CLOEXEC))
+        ff_die("FARFAULT_UFFD_DEV_FD=%s is not an open descriptor", text);
+    ff_config.userfaultfd_device = (int)descriptor;
+}
+
+static void read_fault_source(const char *source, const char *kernel_nowait)
+{
+    if (!source || !strcmp(source, "blocking"))
+        ff_config.mode = FF_MODE_BLOCKING;
+    else if (!strcmp(source, "stock-nowait"))
+        ff_config.mode = FF_MODE_NOWAIT;
+    else if (!strcmp(source, "kernel-nowait"))
+        ff_config.mode = FF_MODE_KERNEL_NOWAIT;
+    else
+        ff_die("FARFAULT_FAULT_SOURCE=%s is neither blocking, stock-nowait nor kernel-nowait", source);
+    if (ff_config.mode == FF_MODE_KERNEL_NOWAIT)
+        read_kernel_nowait(kernel_nowait);
+}
+
 __attribute__((constructor)) static void configure(void)
 {
     ff_real_mmap = (void *(*)(void *, size_t, int, int, int, off_t))dlsym(RTLD_NEXT, "mmap");
     ff_real_ioctl = (int (*)(int, unsigned long, ...))dlsym(RTLD_NEXT, "ioctl");
     char *attach = take("FARFAULT_ATTACH"), *ram = take("FARFAULT_RAM");
     char *source = take("FARFAULT_FAULT_SOURCE"), *annotator = take("FARFAULT_ANNOTATOR");
+    char *kernel_nowait = take("FARFAULT_KERNEL_NOWAIT"), *device = take("FARFAULT_UFFD_DEV_FD");
     if (attach) {
         forget_preload();
         if (!ram)
@@ -115,15 +169,14 @@ __attribute__((constructor)) static void configure(void)
         read_ram(ram);
         if (annotator)
             read_annotator(annotator);
-        if (!source || !strcmp(source, "blocking"))
-            ff_config.mode = FF_MODE_BLOCKING;
-        else if (!strcmp(source, "stock-nowait"))
-            ff_config.mode = FF_MODE_NOWAIT;
-        else
-            ff_die("FARFAULT_FAULT_SOURCE=%s is neither blocking nor stock-nowait", source);
+        if (device)
+            read_userfaultfd_device(device);
+        read_fault_source(source, kernel_nowait);
     }
     free(attach);
     free(ram);
     free(source);
     free(annotator);
+    free(kernel_nowait);
+    free(device);
 }

@@ -27,7 +27,7 @@
 #define FF_REFUSED_RETRY_MS 1000  /* after the receiver refused the hand-over */
 #define FF_PATH_BYTES 4096
 
-enum ff_mode { FF_MODE_OFF, FF_MODE_BLOCKING, FF_MODE_NOWAIT };
+enum ff_mode { FF_MODE_OFF, FF_MODE_BLOCKING, FF_MODE_NOWAIT, FF_MODE_KERNEL_NOWAIT };
 
 /* ---- real.c ---- */
 struct ff_config {
@@ -39,6 +39,9 @@ struct ff_config {
     uint32_t address_offset;
     uint32_t address_size;
     enum ff_address_source address_source;
+    uint32_t slot_flag;       /* kernel NOWAIT: set on every memslot in RAM */
+    uint32_t info_capability; /* kernel NOWAIT: KVM_CAP_MEMORY_FAULT_INFO where it must be enabled; 0: not */
+    int userfaultfd_device;   /* inherited descriptor of /dev/userfaultfd; -1: none */
 };
 extern struct ff_config ff_config;
 extern void *(*ff_real_mmap)(void *, size_t, int, int, int, off_t);
@@ -49,7 +52,7 @@ _Noreturn void ff_die(const char *format, ...) __attribute__((format(printf, 1, 
 /* ---- memory.c ---- */
 struct ff_region {
     uint8_t *base;  /* the VMM's own mapping; NULL: not mapped yet */
-    uint8_t *alias; /* KVM's mapping; NULL in blocking mode */
+    uint8_t *alias; /* KVM's mapping in stock NOWAIT mode; else NULL: KVM uses the base */
     uint64_t size;
     uint64_t offset; /* in the flat space; valid once all regions are mapped */
     uint32_t page_size;
@@ -60,8 +63,8 @@ extern int ff_uffd, ff_alias_uffd, ff_state_fd;
 extern struct ff_state *ff_state;
 void ff_memory_mapped(void *address, size_t length, int flags, int fd, off_t offset);
 int ff_memory_set_slot(int vm_fd, unsigned long request, const void *argument, size_t argument_bytes);
-/* The VMM's (base) or KVM's (alias) address of guest memory; NULL where [gpa, gpa+size) is in no slot. */
-uint8_t *ff_memory_at(uint64_t gpa, uint64_t size, bool alias);
+/* The VMM's or (for_kvm) KVM's address of guest memory; NULL where [gpa, gpa+size) is in no slot. */
+uint8_t *ff_memory_at(uint64_t gpa, uint64_t size, bool for_kvm);
 
 /* ---- annotate.c ---- */
 struct ff_sampler {

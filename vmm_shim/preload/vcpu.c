@@ -17,6 +17,7 @@
 #ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
 #define MADV_POPULATE_WRITE 23
 #endif
+#define PAGE_BYTES 4096u
 #define SIGNAL_SET_BYTES 8 /* of the kernel's sigset_t */
 
 struct vcpu {
@@ -122,7 +123,7 @@ static void adopt(struct vcpu *vcpu)
     vcpu->tid = tid;
     if (ff_state)
         ff_state->vcpus[vcpu->id].tid = (uint32_t)tid;
-    if (ff_config.mode == FF_MODE_NOWAIT) {
+    if (ff_config.mode != FF_MODE_BLOCKING) {
         ff_sampler_open(&vcpu->sampler);
         ff_control_new_vcpu();
     }
@@ -161,6 +162,17 @@ static bool read_verdict(struct vcpu *vcpu, uint32_t seq, struct ff_verdict *ver
     }
 }
 
+/* All memory is here: what KVM_RUN missed is at most not mapped. */
+static struct ff_verdict verdict_after_release(const struct ff_report *report)
+{
+    if (report->ret == 0)
+        return (struct ff_verdict){.verdict = FF_VERDICT_COMPLETE};
+    if (report->address_source == FF_ADDRESS_NONE)
+        return (struct ff_verdict){.verdict = FF_VERDICT_RETRY};
+    return (struct ff_verdict){.verdict = FF_VERDICT_RETRY, .flags = FF_VERDICT_POPULATE,
+                               .gpa = report->gpa & ~(uint64_t)(PAGE_BYTES - 1), .size = PAGE_BYTES};
+}
+
 /* Waits for as long as it takes, and stays stoppable. 0: *verdict holds; -1: a kick came (errno EINTR). */
 static int wait_verdict(struct vcpu *vcpu, struct ff_report *report, struct ff_verdict *verdict)
 {
@@ -182,7 +194,7 @@ static int wait_verdict(struct vcpu *vcpu, struct ff_report *report, struct ff_v
         if (vcpu->channel >= 0 && read_verdict(vcpu, report->seq, verdict))
             break;
         if (atomic_load(&ff_released)) {
-            *verdict = (struct ff_verdict){.verdict = report->ret ? FF_VERDICT_RETRY : FF_VERDICT_COMPLETE};
+            *verdict = verdict_after_release(report);
             break;
         }
         if (vcpu->run->immediate_exit) {
@@ -350,7 +362,7 @@ int ff_vcpu_run(int fd, void *argument)
     if (!vcpu || !ff_state)
         return ff_real_ioctl(fd, KVM_RUN, argument);
     adopt(vcpu);
-    if (ff_config.mode != FF_MODE_NOWAIT)
+    if (ff_config.mode == FF_MODE_BLOCKING)
         return ff_real_ioctl(fd, KVM_RUN, argument);
     return run_nowait(vcpu, argument);
 }
