@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import signal
@@ -18,7 +17,7 @@ from farfault_client.engine import EngineConfig
 from farfault_client.options import FILE, SIZE, default_state, log_options, source_options
 from farfault_client.receive.control import ControlService, serve_control
 from farfault_client.receive.journal import Step
-from farfault_client.receive.receiver import Receiver, ReceiverConfig, outcome
+from farfault_client.receive.receiver import Receiver, ReceiverConfig, outcome, told_to_end
 from farfault_client.receive.summary import summary_of
 from farfault_client.session.connect import session_config
 
@@ -132,10 +131,10 @@ async def _receive(config: ReceiverConfig, control: Path | None, *, now: bool) -
         await receiver.give_back()
         raise seen from error
     except asyncio.CancelledError:
-        receiver.fail(FarfaultError("the receiver was told to end; the guest waits for the next one"))
-        with contextlib.suppress(FarfaultError):
-            await receiver.give_back()
-        raise
+        ended = told_to_end(receiver)
+        receiver.fail(ended)
+        await receiver.give_back()
+        raise ended from None
     finally:
         for end in ends:
             await end()  # type: ignore[operator]

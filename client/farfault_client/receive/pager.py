@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from farfault_shim.install.installer import (
 from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
 from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
 
-from farfault_client.engine import EngineConfig, FaultEngine, Install, Priority, Waiter
+from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
 from farfault_client.receive.histogram import LatencyHistogram
 from farfault_client.session.answers import Answer, request_of
 from farfault_client.session.lane import Lane
@@ -101,12 +101,19 @@ class Pager:
     Args:
         session: an open one; its lease says what guest memory is. The pager starts nothing on it.
         config: of the engine.
+        on_removed: told of pages that the guest gives back, before it goes on.
     """
 
-    def __init__(self, session: Session, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        config: EngineConfig | None = None,
+        on_removed: Callable[[PageRun], None] = lambda run: None,
+    ) -> None:
         assert session.lease is not None, "open the session first"
         self.layout = layout = session.lease.layout
         self.session = session
+        self._on_removed = on_removed
         self.engine = FaultEngine(layout, config)
         self.stats = PagerStats()
         self.finished = asyncio.Event()
@@ -156,9 +163,13 @@ class Pager:
     def attached(self) -> bool:
         return self._vmm is not None
 
-    def resident(self, run: PageRun) -> None:
-        """Pages that the kernel says are in memory already (after a restart of the receiver)."""
-        self.engine.present(run)
+    def restore(self, resident: Iterable[PageRun], removed: Iterable[PageRun]) -> None:
+        """After a restart of the receiver: what the kernel says is in memory, and what the guest had given back."""
+        for run in resident:
+            self.engine.present(run)
+        for run in removed:
+            for absent in list(self.engine.pages.runs(*run, PageState.ABSENT)):
+                self.engine.removed(absent)
 
     def unregister(self) -> None:
         """Every page is settled: the kernel takes over, holes read as zero. Wakes whoever still waits."""
@@ -264,6 +275,7 @@ class Pager:
     def _removed(self, start: int, end: int) -> None:
         assert self._installer is not None
         for run in self._installer.pages_of_range(start, end):
+            self._on_removed(run)
             for page in self.engine.removed(run):
                 self._install(Install(PageRun(page, 1), -1), b"")
 

@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from farfault_client.receive.journal import Journal, Record, Step
 from farfault_client.receive.move import Move
 from farfault_client.receive.pager import Pager, layout_text
 from farfault_client.receive.preflight import check, failed, memory_checks, vm_checks
+from farfault_client.receive.removed_log import RemovedLog
 from farfault_client.receive.source import SourceVm
 from farfault_client.receive.status import Progress, status_of
 from farfault_client.session.backoff import backoff
@@ -73,6 +75,7 @@ class Receiver:
     def __init__(self, config: ReceiverConfig) -> None:
         self.config = config
         self.journal = Journal(config.state)
+        self._removed = RemovedLog(config.state / "removed")
         self.session = Session(config.session, self._connection_changed)
         self.source = SourceVm(self.session)
         self.progress = Progress()
@@ -101,13 +104,14 @@ class Receiver:
         if record is None:
             lease = await self.session.open()
             step = Step.OPENED
+            self._removed.forget()
             target = self.config.session.peer.target
             self.journal.write(Record(step, target, lease.lease_id, lease.token, lease.generation))
         else:
             step = record.step
             logger.info("taking up the move that was %s", step.value)
             await self._reopen(record)
-        self.pager = Pager(self.session, self.config.engine)
+        self.pager = Pager(self.session, self.config.engine, self._removed.append)
         self._listener = await AttachListener.start(
             self.config.attach, self._on_attached, self._on_detached, self.config.allowed_uids
         )
@@ -122,6 +126,7 @@ class Receiver:
             await self._listener.close()
         if self._destination is not None:
             await self._destination.close()
+        self._removed.close()
         await self.session.close()
 
     async def give_back(self) -> None:
@@ -285,6 +290,7 @@ class Receiver:
         if self._vmm is not None:
             self._vmm.release()
         self.journal.forget()
+        self._removed.forget()
         self._phase(rpb.PHASE_DONE)
 
     async def _run_if_paused(self) -> None:
@@ -346,9 +352,8 @@ class Receiver:
         assert self.pager is not None
         if vmm.layout != self.pager.layout:
             return  # attach says so
-        for descriptor, region in zip(vmm.ram_fds, vmm.layout.regions, strict=True):
-            for run in resident_runs(descriptor, region):
-                self.pager.resident(run)
+        resident = chain.from_iterable(map(resident_runs, vmm.ram_fds, vmm.layout.regions))
+        self.pager.restore(resident, self._removed.runs(vmm.layout.page_count))
         logger.info("%d pages were in memory already", self.pager.engine.settled_pages)
 
     def _on_detached(self, vmm: AttachedVmm) -> None:
@@ -385,6 +390,16 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def told_to_end(receiver: Receiver) -> FarfaultError:
+    """What SIGTERM or Ctrl-C means at this moment."""
+    record = receiver.journal.record
+    if record is not None and record.step in RESTART_STEPS:
+        return GuestWaitsError(
+            "the receiver was told to end in the middle of a move", "start the same command again to take it up"
+        )
+    return FarfaultError("the receiver was told to end; nothing was moved")
 
 
 def outcome(receiver: Receiver, error: FarfaultError) -> FarfaultError:
