@@ -40,7 +40,7 @@ from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
 from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
 
 from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
-from farfault_client.receive.histogram import LatencyHistogram
+from farfault_client.receive.fault_times import FaultResult, FaultTimes, Trip
 from farfault_client.session.answers import Answer, request_of
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
@@ -83,7 +83,7 @@ class PagerStats:
     """Counters since the start, for status and metrics."""
 
     faults_by_source: dict[str, int] = field(default_factory=dict)
-    latency: LatencyHistogram = field(default_factory=LatencyHistogram)
+    times: FaultTimes = field(default_factory=FaultTimes)
     blocked_s_by_vcpu: dict[int, float] = field(default_factory=dict)
     escalations: int = 0
     passed: int = 0
@@ -126,7 +126,8 @@ class Pager:
         self._presence: list[tuple[set[PageIndex], asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._background_timer: asyncio.TimerHandle | None = None
-        self._in_flight: dict[Lane, set[int]] = {lane: set() for lane in Lane}
+        self._in_flight: dict[Lane, dict[int, float]] = {lane: {} for lane in Lane}  # request id to when it was sent
+        self._trip: Trip | None = None  # of the answer that is being handled
         self._unregistered = False
 
     # ---- the VMM's side ------------------------------------------------------------------------
@@ -287,6 +288,7 @@ class Pager:
         since = now if since is None else min(since, now)
         answer = self.engine.fault(key, pages, priority, since)
         if answer.ready:
+            self.stats.times.resolved(priority, since, now, None, FaultResult.PRESENT)
             self._restart(Waiter(key, priority, since, tuple(pages)))
             return
         for page in answer.zero_pages:
@@ -306,19 +308,23 @@ class Pager:
             fetch = None
         if fetch is None:
             return None
-        self._in_flight[lane].add(fetch.request_id)
+        self._in_flight[lane][fetch.request_id] = time.monotonic()
         return request_of(fetch, self.layout)
 
     def answered(self, lane: Lane, answer: Answer) -> None:
-        self._in_flight[lane].difference_update(answer.done)
+        now = time.monotonic()
+        in_flight = self._in_flight[lane]
+        sent_at = min((in_flight.pop(done, now) for done in answer.done), default=now)
+        self._trip = Trip(sent_at, now, (answer.server_queue_us + answer.server_read_us) * 1e-6)
         if answer.refusals:
             logger.warning("page server refused: %s", ", ".join(sorted(set(answer.refusals))))
             asyncio.get_running_loop().call_later(REFUSAL_PAUSE_S, self.session.pump, Lane.DEMAND)
         if self._installer is None:
             self.engine.lost(answer.done)
             return
-        for install in self.engine.arrived(answer.extents, answer.done, time.monotonic()):
+        for install in self.engine.arrived(answer.extents, answer.done, now):
             self._install(install, answer.data, answer.data_offset)
+        self._trip = None
         self.session.pump(Lane.BACKGROUND)
         self._check_finished()
 
@@ -372,8 +378,11 @@ class Pager:
 
     def _wake_all(self, waiters: list[Waiter]) -> None:
         for waiter in waiters:
-            self.stats.latency.observe(time.monotonic() - waiter.since)
             self._restart(waiter)
+            trip = self._trip
+            fetched = trip is not None and trip.sent_at >= waiter.since
+            result = FaultResult.FETCHED if fetched else FaultResult.JOINED
+            self.stats.times.resolved(waiter.priority, waiter.since, time.monotonic(), trip, result)
 
     def _restart(self, waiter: Waiter) -> None:
         match waiter.key:

@@ -89,7 +89,7 @@ def status_of(
 
 
 def _add_pages(status: rpb.MigrationStatus, pager: Pager) -> None:
-    stats, figures = pager.engine.stats, pager.stats.latency.figures()
+    stats, figures = pager.engine.stats, pager.stats.times.total.figures()
     counts = pager.engine.pages.counts()
     status.guest_pages = pager.layout.page_count
     status.page_size_bytes = pager.layout.regions[0].page_size_bytes
