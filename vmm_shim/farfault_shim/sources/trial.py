@@ -95,6 +95,8 @@ def run_in_child(request: dict[str, Any]) -> Report:
         )
     except subprocess.TimeoutExpired:
         return {"problem": f"the vCPU waited in KVM_RUN for {TRIAL_TIMEOUT_S:g} s instead of leaving it"}
+    except OSError as error:
+        return {"problem": f"the trial cannot be started: {error.strerror}"}
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or [f"status {result.returncode}"]
         return {"problem": f"the trial broke: {last[0]}"}

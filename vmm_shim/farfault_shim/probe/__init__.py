@@ -1,0 +1,1 @@
+"""``farfault probe``: what this host can do for far memory, what is missing, and the remedy."""
