@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # The first process of the guest: drivers, network, the disk reader, then the memory worker on the console.
-# Reads from the kernel command line: farfault.worker_mib, farfault.pause_ms, farfault.address.
+# Reads from the kernel command line: farfault.{worker_mib,pause_ms,stale_mib,address}.
 
 /bin/busybox mkdir -p /proc /sys
 /bin/busybox --install -s /bin
@@ -23,6 +23,12 @@ parameter() { # parameter NAME DEFAULT
 while read -r module; do
     insmod "/modules/$module"
 done </modules/order
+
+# Free memory that holds old data, as on a machine that has been up for a while.
+stale_mib=$(parameter stale_mib 0)
+if [ "$stale_mib" -gt 0 ]; then
+    /worker "$stale_mib" 1 1 0 >/dev/null
+fi
 
 # Answers "<the line that it was sent> <uptime>" to each connection: new processes and the network card at work.
 if [ -e /sys/class/net/eth0 ]; then

@@ -42,6 +42,7 @@ class LinuxVm:
         machine: a QEMU machine type with PCI, such as ``q35`` or ``pc``.
         worker_mib: memory that the worker verifies.
         pause_ms: the worker's rest after each tick.
+        stale_mib: memory that is written and freed before all else; without it most free pages are still zero.
         balloon: whether there is a virtio balloon; QMP ``balloon`` inflates it.
     """
 
@@ -54,6 +55,7 @@ class LinuxVm:
     machine: str = "q35"
     worker_mib: int = 96
     pause_ms: int = 10
+    stale_mib: int = 0
     balloon: bool = False
 
     @property
@@ -99,10 +101,11 @@ class LinuxVm:
 
     def _boot_argv(self) -> list[str]:
         # An emulated CPU has none of the flaws that mitigations slow it down for.
-        options = f"console=ttyS0 quiet panic=-1 mitigations=off farfault.worker_mib={self.worker_mib}"
+        options = ["console=ttyS0", "quiet", "panic=-1", "mitigations=off"]
+        options += [f"farfault.{name}={getattr(self, name)}" for name in ("worker_mib", "pause_ms", "stale_mib")]
         return [
             *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initramfs)),
-            *("-append", f"{options} farfault.pause_ms={self.pause_ms}"),
+            *("-append", " ".join(options)),
         ]
 
     def _devices_argv(self) -> list[str]:
