@@ -8,7 +8,8 @@
     ├── RolledBackError      exit 4   the move failed; the source VM runs as before
     ├── GuestWaitsError      exit 5   the move failed after the hand-over; the guest waits, nothing is lost
     ├── UnreachableError     exit 6   the other side does not answer
-    └── VerificationError    exit 7   a guest or a page was found wrong
+    ├── VerificationError    exit 7   a guest or a page was found wrong
+    └── SloError             exit 8   everything worked, but slower than the service level objective allows
 """
 
 from __future__ import annotations
@@ -71,8 +72,22 @@ class VerificationError(FarfaultError):
     exit_code = 7
 
 
+class SloError(FarfaultError):
+    """Everything worked, but slower than the service level objective allows."""
+
+    exit_code = 8
+
+
 def error_of_exit_code(exit_code: int, problem: str, remedy: str = "") -> FarfaultError:
     """The error that another process ended with."""
-    classes = (UsageError, PreflightError, RolledBackError, GuestWaitsError, UnreachableError, VerificationError)
+    classes = (
+        UsageError,
+        PreflightError,
+        RolledBackError,
+        GuestWaitsError,
+        UnreachableError,
+        VerificationError,
+        SloError,
+    )
     kind = next((kind for kind in classes if kind.exit_code == exit_code), FarfaultError)
     return kind(problem, remedy)

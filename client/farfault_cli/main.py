@@ -41,7 +41,7 @@ def farfault() -> None:
     Destination host:     farfault migrate --source SOURCE:7777 ...
 
     Exit codes: 0 done, 1 failed, 2 wrong use, 3 refused by preflight, 4 rolled back (source runs),
-    5 guest waits (nothing lost), 6 other side unreachable, 7 verification failed.
+    5 guest waits (nothing lost), 6 other side unreachable, 7 verification failed, 8 slower than the objective.
     """
 
 
