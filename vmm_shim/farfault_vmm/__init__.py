@@ -22,8 +22,7 @@ command                      arguments                               return
 ``query-status``             none                                    ``{"status": S, "running": bool}``
 ``qom-get``                  ``{"path": "/machine",                  the type's name: ``"pc-i440fx-7.2-machine"``
                              "property": "type"}``
-``query-memdev``             none                                    ``[{"id": str, "size": bytes, "share": bool}]``,
-                                                                     in one order on both sides
+``query-memdev``             none                                    ``[{"id": str, "size": bytes, "share": bool}]``
 ``query-cpus-fast``          none                                    ``[{"cpu-index": int}]``
 ``query-kvm``                none                                    ``{"enabled": bool, "present": bool}``
 ``query-migrate``            none                                    ``{}`` or ``{"status": M, "error-desc": str}``

@@ -15,6 +15,19 @@ The destination side::
     await vmm.prepare_destination()
     await vmm.load(chunks)      # `chunks` is first asked when the VMM already listens
     resumed_unix_us = await vmm.cont()
+
+Why the VM is stopped first and saved then, and not saved while it runs with a stop by the VMM at the end: its run
+state travels with it. A VM that was saved while it ran starts at the destination on its own unless that VMM was
+started with ``-S``, which QMP does not show: two VMs would run before the hand-over. It would save little. STOP at the
+source to RESUME at the destination, QEMU 7.2 under KVM, 128 MiB, both on one 2-core host, nothing between the two:
+
+==================================== ====== =====
+way                                  median moves
+==================================== ====== =====
+stopped first (this module)          3.4 ms 20
+saved while it runs                  1.9 ms 20
+... and with pause-before-switchover 4.8 ms 20
+==================================== ====== =====
 """
 
 from __future__ import annotations
@@ -191,19 +204,25 @@ class QmpVmm:
             ours.setblocking(False)
             await self._connection.pass_descriptor(theirs.fileno(), STATE_FD_NAME)
             theirs.close()
+            self.stopped_unix_us = _now_us()
+            commands = asyncio.create_task(self._stop_and_migrate(), name="stop and migrate")
+            # A command that is refused makes no end of the device state: so end it here.
+            commands.add_done_callback(lambda done: _shut(ours) if _has_failed(done) else None)
             try:
-                await self._stop_and_migrate(events, was_running)
+                if was_running:
+                    await self._wait_stopped(events, commands)
                 size_bytes = 0
                 while chunk := await _receive(ours):
                     size_bytes += len(chunk)
                     _check_size(size_bytes)
                     yield chunk
+                await commands
                 await self._wait_saved(events)
             except BaseException:
                 # Also GeneratorExit and CancelledError: the VM must not stay stopped because a client left.
                 ours.close()
-                roll_back = asyncio.create_task(self._roll_back(was_running and resume_on_failure), name="roll back")
-                await asyncio.shield(roll_back)
+                run = was_running and resume_on_failure
+                await asyncio.shield(asyncio.create_task(self._roll_back(commands, run), name="roll back"))
                 raise
 
     async def cancel(self) -> None:
@@ -287,9 +306,8 @@ class QmpVmm:
                 "use QEMU 4.0 or later, and no other migration may be under way",
             ) from error
 
-    async def _stop_and_migrate(self, events: EventListener, was_running: bool) -> None:
+    async def _stop_and_migrate(self) -> None:
         """Both commands go out together: one round trip less while the VM stands still."""
-        self.stopped_unix_us = _now_us()
         stop = asyncio.ensure_future(self._connection.execute("stop"))
         migrate = asyncio.ensure_future(self._connection.execute("migrate", {"uri": STATE_URI}))
         try:
@@ -297,11 +315,23 @@ class QmpVmm:
             await migrate
         finally:
             await asyncio.gather(stop, migrate, return_exceptions=True)
-        while was_running:
-            event = await self._connection.next_event(events, EVENT_TIMEOUT_S, "the stop of the vCPUs")
-            if event.name == "STOP":
-                self.stopped_unix_us = event.unix_us
-                return
+
+    async def _wait_stopped(self, events: EventListener, commands: asyncio.Task[None]) -> None:
+        """Until STOP. It comes before any byte of device state, and well before the replies."""
+        event = asyncio.create_task(self._next_event_named("STOP", events, "the stop of the vCPUs"))
+        try:
+            await asyncio.wait({event, commands}, return_when=asyncio.FIRST_COMPLETED)
+            if _has_failed(commands):
+                commands.result()
+            self.stopped_unix_us = (await event).unix_us
+        finally:
+            event.cancel()
+
+    async def _next_event_named(self, name: str, events: EventListener, what: str) -> Event:
+        while True:
+            event = await self._connection.next_event(events, EVENT_TIMEOUT_S, what)
+            if event.name == name:
+                return event
 
     async def _wait_saved(self, events: EventListener) -> None:
         event = Event("", "", 0)
@@ -343,8 +373,9 @@ class QmpVmm:
                 return str(description)
         return f"the migration ended as {status!r}"
 
-    async def _roll_back(self, run: bool) -> None:
+    async def _roll_back(self, commands: asyncio.Task[None], run: bool) -> None:
         """Never raises: it runs while another error is on its way to the caller."""
+        await asyncio.wait({commands})  # no longer than its commands may take; none may come after what follows
         try:
             await self.cancel()
             if run and await self.status() != RUNNING:
@@ -393,6 +424,15 @@ async def _receive(state: socket.socket) -> bytes:
         raise FarfaultError(f"the source VMM wrote no device state for {SAVE_TIMEOUT_S:g} s") from error
     except OSError as error:
         raise FarfaultError(f"the source VMM broke off its device state: {error}") from error
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def _shut(state: socket.socket) -> None:
+    with suppress(OSError):  # closed already
+        state.shutdown(socket.SHUT_RDWR)
 
 
 def _check_size(size_bytes: int) -> None:
