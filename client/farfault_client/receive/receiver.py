@@ -153,6 +153,7 @@ class Receiver:
         if self.config.qmp is not None:
             try:
                 destination = await self._connect_destination()
+                await destination.prepare_destination()
                 checks += await vm_checks(self.source, await destination.describe())
             except FarfaultError as error:
                 checks.append(check("destination VMM", False, error.problem, error.remedy))
