@@ -89,6 +89,9 @@ EXIT_INTERNAL_ERROR: Final = 17
 EXIT_MEMORY_FAULT: Final = 39
 """Linux 6.8."""
 
+EHWPOISON: Final = 133
+"""errno of an access to poisoned memory (asm-generic/errno.h); Python's errno lacks it."""
+
 MEMORY_EXIT_FLAG_PRIVATE: Final = 1 << 3
 """Linux 6.8."""
 MEMORY_EXIT_FLAG_USERFAULT: Final = 1 << 4
