@@ -6,7 +6,7 @@ import struct
 from typing import Final
 
 from farfault_shim.guest import GuestParameters, load_image, worker_code
-from farfault_shim.guest.addresses import PARAMETERS, WORKER, clock_address
+from farfault_shim.guest.addresses import MAILBOX_BYTES, MAILBOXES, PARAMETERS, VCPUS_MAX, WORKER, clock_address
 from farfault_shim.kvm.abi import MSR_KVM_SYSTEM_TIME_NEW
 from farfault_shim.kvm.interface import Vcpu
 from farfault_shim.kvm.registers import Registers, user_long_mode
@@ -30,13 +30,14 @@ _KVMCLOCK_ON: Final = 1
 
 
 def load_guest(memory: GuestMemory, parameters: GuestParameters) -> None:
-    """Writes the worker, its parameters and an identity map of RAM.
+    """Writes the worker, its parameters, empty mailboxes and an identity map of RAM.
 
     Raises:
         FarfaultError: the guest image has not been built.
     """
     memory.write(WORKER, worker_code(load_image()))
     memory.write(PARAMETERS, parameters.pack())
+    memory.write(MAILBOXES, bytes(VCPUS_MAX * MAILBOX_BYTES))  # the file may have held a guest before
     for gpa, table in page_tables(parameters.mapped_gib).items():
         memory.write(gpa, table)
 

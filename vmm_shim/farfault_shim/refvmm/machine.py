@@ -63,7 +63,7 @@ class ReferenceVm:
         *,
         kvmclock: bool,
         incoming: bool = False,
-        make_far_faults: Callable[[Vcpu], FarFaults] | None = None,
+        make_far_faults: Callable[[Vcpu], FarFaults | None] | None = None,
         wake: Callable[[int], None] = lambda vcpu: None,
         on_event: Callable[[str], None] = lambda name: None,
     ) -> None:

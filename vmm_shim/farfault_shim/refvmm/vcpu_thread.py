@@ -48,7 +48,7 @@ class VcpuThread:
         self,
         vcpu: Vcpu,
         gate: RunGate,
-        make_far_faults: Callable[[Vcpu], FarFaults] | None,
+        make_far_faults: Callable[[Vcpu], FarFaults | None] | None,
         on_failure: Callable[[str], None],
     ) -> None:
         self.vcpu = vcpu
