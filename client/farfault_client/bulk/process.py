@@ -64,7 +64,10 @@ class BulkProcess:
                     self._free.put_nowait(SLOT.unpack(payload)[0])
                 case MessageType.CONNECT:
                     await self._stop()
-                    self._carrying = loop.create_task(self._carry(Connect.unpack(payload)))
+                    connect = Connect.unpack(payload)
+                    layout = Layout(connect.regions)
+                    self._lease = Lease(connect.lease_id, connect.token, connect.generation, layout)
+                    self._carrying = loop.create_task(self._carry(connect, self._lease))
         await self._stop()
 
     async def _stop(self) -> None:
@@ -75,7 +78,7 @@ class BulkProcess:
         while not self._requests.empty():
             self._requests.get_nowait()
 
-    async def _carry(self, connect: Connect) -> None:
+    async def _carry(self, connect: Connect, lease: Lease) -> None:
         credentials, tls = None, None
         if connect.tls:
             from farfault_cli.tls import channel_credentials
@@ -83,8 +86,6 @@ class BulkProcess:
             tls = Path(connect.tls)
             credentials = channel_credentials(tls)
         peer = Peer(connect.target, credentials, tls)
-        lease = Lease(connect.lease_id, connect.token, connect.generation, Layout(connect.regions))
-        self._lease = lease
         channel = peer.channel()
         call: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
         call = channel.stream_stream(METHODS[Lane.BACKGROUND], request_serializer=None, response_deserializer=None)
