@@ -101,6 +101,8 @@ static void announce(const struct ff_vcpu_hello *hello, int descriptor)
 
 static int read_all(void *data, size_t length)
 {
+    if (!length)
+        return 0; /* recv of nothing waits for something */
     return recv(connection, data, length, MSG_WAITALL) == (ssize_t)length ? 0 : -1;
 }
 
