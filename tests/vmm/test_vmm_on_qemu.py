@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 from tempfile import TemporaryDirectory
 
 import pytest
 import uvloop
 from farfault_cli.errors import FarfaultError, PreflightError, UnreachableError
-from farfault_shim.guest import GuestParameters, Mailbox, load_image, read_mailboxes
 from farfault_shim.guest.addresses import PAGE_BYTES, clock_address
 from farfault_shim.guest.program import image_path
-from farfault_vmm.connection import CommandError
+from farfault_vmm.connection import CommandError, QmpConnection
 from farfault_vmm.description import MemoryBackend, compare
 from farfault_vmm.qmp import QmpVmm
 from qemu.qmp import QMPClient
+from qemu_hosts import MIB, QEMU, RAM_MIB, WAIT_S_MAX, Host, host
 
-QEMU = shutil.which("qemu-system-x86_64")
-WAIT_S_MAX = 60.0
-POLL_S = 0.01
-MIB = 1 << 20
-RAM_MIB = 64
-PAGES = 2000
 STATE_BYTES_MAX = 2 * MIB
 """The device state of these machines has some 140 KB; with their RAM it would have at least PAGES pages."""
 
@@ -43,65 +35,6 @@ pytestmark = [
 ]
 needs_kvm = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm cannot be opened")
 accelerators = pytest.mark.parametrize("accelerator", [pytest.param("kvm", marks=needs_kvm), "tcg"])
-
-
-@dataclass(frozen=True)
-class Host:
-    """One QEMU and its RAM file."""
-
-    process: Popen[bytes]
-    ram: Path
-    socket: Path
-    vcpus: int
-
-    async def connect(self) -> QmpVmm:
-        """As soon as QEMU listens."""
-        for _ in range(int(WAIT_S_MAX / POLL_S)):
-            assert self.process.poll() is None, "QEMU has ended"
-            try:
-                return await QmpVmm.connect(self.socket)
-            except UnreachableError:
-                await asyncio.sleep(POLL_S)
-        raise AssertionError("QEMU does not listen")
-
-    async def works(self, touches: int = PAGES) -> list[Mailbox]:
-        """Waits until each vCPU has touched so many more pages; they are all right, and it was never reset."""
-        before = read_mailboxes(self.ram, self.vcpus)
-        for _ in range(int(WAIT_S_MAX / POLL_S)):
-            assert self.process.poll() is None, "QEMU has ended"
-            now = read_mailboxes(self.ram, self.vcpus)
-            assert all(mailbox.errors == 0 and mailbox.boots <= 1 for mailbox in now), now
-            if all(late.touched > early.touched + touches for early, late in zip(before, now, strict=True)):
-                return now
-            await asyncio.sleep(POLL_S)
-        raise AssertionError(f"the guest does not work: {now}")
-
-    def stands(self) -> bool:
-        """Whether the guest's counters do not move. They are read at two moments with a system call in between."""
-        return read_mailboxes(self.ram, self.vcpus) == read_mailboxes(self.ram, self.vcpus)
-
-
-@contextmanager
-def host(
-    directory: Path, name: str, accelerator: str, *options: str, machine: str = "pc", vcpus: int = 1
-) -> Iterator[Host]:
-    """A QEMU with the guest; with the options ``-incoming defer`` one that waits for it."""
-    parameters = GuestParameters.for_ram(RAM_MIB * MIB, vcpus, machine, pages_max=PAGES)
-    firmware, ram, socket = directory / "guest.bin", directory / f"{name}.ram", directory / f"{name}.qmp"
-    firmware.write_bytes(parameters.apply(load_image()))
-    with ram.open("wb") as file:
-        file.truncate(RAM_MIB * MIB)
-    command = [
-        *(str(QEMU), "-nodefaults", "-no-user-config", "-display", "none", "-accel", accelerator),
-        *("-machine", f"{machine},memory-backend=mem", "-m", f"{RAM_MIB}M", "-smp", str(vcpus)),
-        *("-object", f"memory-backend-file,id=mem,size={RAM_MIB}M,mem-path={ram},share=on"),
-        *("-bios", str(firmware), "-qmp", f"unix:{socket},server=on,wait=off", *options),
-    ]
-    with Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL) as process:
-        try:
-            yield Host(process, ram, socket, vcpus)
-        finally:
-            process.kill()
 
 
 @pytest.fixture
@@ -356,3 +289,34 @@ async def test_second_client_is_told_of_the_first(directory: Path) -> None:
             assert await vmm.status() == "running"
         async with await vm.connect() as vmm:
             assert await vmm.status() == "running"
+
+
+async def test_vm_that_was_saved_while_it_ran_does_not_start_on_its_own(directory: Path) -> None:
+    """Its run state says that it shall run; that is for the hand-over to say."""
+
+    async def save_running(source: Host) -> AsyncIterator[bytes]:
+        async with await source.connect() as vmm:
+            await vmm.prepare_source()
+        connection = await QmpConnection.connect(source.socket, WAIT_S_MAX)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            await connection.pass_descriptor(theirs.fileno(), "state")
+            theirs.close()
+            await connection.execute("migrate", {"uri": "fd:state"})
+            while chunk := await asyncio.get_running_loop().sock_recv(ours, STATE_BYTES_MAX):
+                yield chunk
+        await connection.close()
+
+    with (
+        host(directory, "source", "tcg") as source,
+        host(directory, "destination", "tcg", "-incoming", "defer", shared_ram=source.ram) as destination,
+    ):
+        async with await source.connect():
+            await source.works()
+        async with await destination.connect() as vmm:
+            await vmm.prepare_destination()
+            await vmm.load(save_running(source))
+            assert await vmm.status() == "paused"
+            await vmm.cont()
+            await destination.works()

@@ -91,10 +91,17 @@ async def test_vmm_that_cannot_leave_memory_out(source: FakeVmm, destination: Fa
 
 @pytest.mark.usefixtures("short_waits")
 async def test_start_that_does_not_come(source: FakeVmm) -> None:
+    source.status = "paused"
     source.replies["cont"] = {}
     async with await QmpVmm.connect(source.path) as vmm:
         with pytest.raises(UnreachableError, match="start of the vCPUs did not happen"):
             await vmm.cont()
+
+
+async def test_start_of_a_vm_that_runs(source: FakeVmm) -> None:
+    source.replies["cont"] = {}
+    async with await QmpVmm.connect(source.path) as vmm:
+        assert await vmm.cont() > 0
 
 
 async def test_start_is_tried_again_while_a_migration_is_tidied_up(source: FakeVmm) -> None:

@@ -33,9 +33,9 @@ capabilities``               "x-ignore-shared", "state": true},
                              {"capability": "events", ...}]}``
 ``getfd``                    ``{"fdname": "farfault-state"}``        ``{}``; the descriptor came by SCM_RIGHTS with
                                                                      one blank right before the command
-``stop``                     none                                    ``{}``, after the event STOP
-``cont``                     none                                    ``{}`` and, before or after it, the event RESUME,
-                                                                     also where the VM ran already
+``stop``                     none                                    ``{}``, after the event STOP; while ``inmigrate``
+                                                                     only: do not start after the load
+``cont``                     none                                    ``{}``; the event RESUME comes before or after
 ``migrate``                  ``{"uri": "fd:farfault-state"}``        ``{}`` at once; then writes the device state to
                                                                      the descriptor (a stream socket), closes it
 ``migrate-incoming``         ``{"uri": "fd:farfault-state"}``        ``{}`` at once; then reads the device state from

@@ -16,18 +16,11 @@ The destination side::
     await vmm.load(chunks)      # `chunks` is first asked when the VMM already listens
     resumed_unix_us = await vmm.cont()
 
-Why the VM is stopped first and saved then, and not saved while it runs with a stop by the VMM at the end: its run
-state travels with it. A VM that was saved while it ran starts at the destination on its own unless that VMM was
-started with ``-S``, which QMP does not show: two VMs would run before the hand-over. It would save little. STOP at the
-source to RESUME at the destination, QEMU 7.2 under KVM, 128 MiB, both on one 2-core host, nothing between the two:
-
-==================================== ====== =====
-way                                  median moves
-==================================== ====== =====
-stopped first (this module)          3.4 ms 20
-saved while it runs                  1.9 ms 20
-... and with pause-before-switchover 4.8 ms 20
-==================================== ====== =====
+Why the VM is stopped first and saved then, and not saved while it runs with a stop by the VMM at the end: this way it
+is known to stand still before the first byte, a VM that must not run again until told otherwise does not, and its
+run state travels as paused. ``tests/vmm/measure_downtime.py`` measures what that costs; on QEMU 7.2 under KVM, both on
+one 2-core host, medians of 30 moves: 7.4 ms stopped first, 4.5 ms saved while it runs, 5.4 ms with
+pause-before-switchover.
 """
 
 from __future__ import annotations
@@ -154,7 +147,9 @@ class QmpVmm:
             When they started, Unix time in microseconds by the VMM's clock.
         """
         with self._connection.events("RESUME") as events:
-            await self._continue()
+            status, _ = await asyncio.gather(self.status(), self._continue())
+            if status == RUNNING:  # it ran already, and may tell no start
+                return _now_us()
             return (await self._connection.next_event(events, EVENT_TIMEOUT_S, "the start of the vCPUs")).unix_us
 
     async def quit(self) -> None:
@@ -244,7 +239,7 @@ class QmpVmm:
     # ---- destination -----------------------------------------------------------------------------
 
     async def prepare_destination(self) -> None:
-        """Sets the VMM up to receive. Idempotent.
+        """Sets the VMM up to receive, and not to start the VM before `cont`. Idempotent.
 
         Raises:
             PreflightError: it was not started to receive, or can not leave shared memory out.
@@ -255,6 +250,8 @@ class QmpVmm:
                 f"the destination VMM at {self._connection.path} does not wait for a VM: its status is {status!r}",
                 "start it with -incoming defer",
             )
+        # Until a VM is loaded, `stop` only means that it shall not start on its own then (QEMU: qmp_stop, autostart).
+        await self.stop()
         await self._set_capabilities()
 
     async def load(self, chunks: AsyncIterator[bytes]) -> None:
