@@ -48,6 +48,7 @@ def finish(scene: Scene) -> None:
     """The verdict that every move must earn."""
     check_figures(scene.move(), scene)
     scene.wait_for_progress(scene.counter(scene.source))
+    assert scene.processes.wait("receive", 30) == 0
     _, check = scene.check_guest(scene.destination)
     assert check.ok, check.problems
 

@@ -108,9 +108,9 @@ def _play(config: SceneConfig, folder: Path, *, quiet: bool) -> dict[str, Any]:
             summary = summary_of(status)
             scene.wait_for_progress(counter_before)
             counter_after = scene.counter(scene.destination)
+            scene.summary_of_receiver()
             mailboxes, check = scene.check_guest(scene.destination)
             errors = sum(mailbox.errors for mailbox in mailboxes) + check.wrong
-            scene.summary_of_receiver()
             figures = {
                 "vmm": config.kind.value,
                 **summary,
