@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Protocol
@@ -115,7 +116,7 @@ class VmOwner:
                         f"the device state is longer than {DEVICE_STATE_BYTES_MAX >> 20} MiB",
                         "RAM seems to travel in it: back it with share=on",
                     )
-                yield pb.DeviceStateChunk(data=data, generation=generation, stopped_unix_us=vmm.stopped_unix_us or 0)
+                yield pb.DeviceStateChunk(data=data, generation=generation, **_since_stop(vmm))
         identity = [region.identity() for region in self._keeper.memory.regions]
         await self._keeper.change(lambda book: (book.step(Step.STATE_SENT, identity), None))
         logger.info("the VM is stopped; %d bytes of device state", size_bytes)
@@ -123,7 +124,7 @@ class VmOwner:
             last=True,
             checksum=hashed.intdigest(),
             generation=generation,
-            stopped_unix_us=vmm.stopped_unix_us or 0,
+            **_since_stop(vmm),
         )
 
     async def hand_over(self, lease: Lease, generation: int) -> None:
@@ -208,3 +209,14 @@ class VmOwner:
 
     async def _step(self, step: Step) -> None:
         await self._keeper.change(lambda book: (book.step(step), None))
+
+
+def _since_stop(vmm: SourceVmm) -> dict[str, int]:
+    """When the VM stopped, and how long ago: the other host's clock may differ from ours."""
+    stopped_unix_us = vmm.stopped_unix_us
+    if stopped_unix_us is None:
+        return {}
+    return {
+        "stopped_unix_us": stopped_unix_us,
+        "stopped_for_us": max(1, time.time_ns() // 1000 - stopped_unix_us),
+    }

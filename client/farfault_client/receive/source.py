@@ -69,7 +69,8 @@ class SourceVm:
                 if ready:
                     yield ready
                 if chunk.last:
-                    yield held
+                    if held:
+                        yield held
                     return
         except grpc.aio.AioRpcError as error:
             raise explain(error, self._session.config.peer.target) from error
