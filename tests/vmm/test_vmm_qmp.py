@@ -350,6 +350,23 @@ async def test_load_that_fails_while_the_source_still_sends(destination: FakeVmm
             await vmm.load(chunks())
 
 
+async def test_load_that_fails_lets_the_source_run_on(source: FakeVmm, destination: FakeVmm) -> None:
+    async def fail(state: object) -> None:
+        raise OSError("bad state")
+
+    def incoming(vmm: FakeVmm, arguments: Mapping[str, Any]) -> object:
+        vmm.start(fail, arguments)
+        return {}
+
+    destination.replies["migrate-incoming"], source.replies["migrate"] = incoming, migrate_and_wait
+    async with await QmpVmm.connect(source.path) as ours, await QmpVmm.connect(destination.path) as theirs:
+        await theirs.prepare_destination()
+        chunks = ours.suspend()
+        with pytest.raises(FarfaultError, match="did not load"):
+            await theirs.load(chunks)
+        assert source.status == "running"
+
+
 async def test_vmm_that_ends_while_it_loads(destination: FakeVmm) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b"half"
