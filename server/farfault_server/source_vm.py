@@ -116,16 +116,13 @@ class VmOwner:
                         f"the device state is longer than {DEVICE_STATE_BYTES_MAX >> 20} MiB",
                         "RAM seems to travel in it: back it with share=on",
                     )
-                yield pb.DeviceStateChunk(data=data, generation=generation, **_since_stop(vmm))
+                yield _chunk(vmm, generation, data)
         identity = [region.identity() for region in self._keeper.memory.regions]
         await self._keeper.change(lambda book: (book.step(Step.STATE_SENT, identity), None))
         logger.info("the VM is stopped; %d bytes of device state", size_bytes)
-        yield pb.DeviceStateChunk(
-            last=True,
-            checksum=hashed.intdigest(),
-            generation=generation,
-            **_since_stop(vmm),
-        )
+        last = _chunk(vmm, generation, b"")
+        last.last, last.checksum = True, hashed.intdigest()
+        yield last
 
     async def hand_over(self, lease: Lease, generation: int) -> None:
         """The destination owns the VM when this returns."""
@@ -211,12 +208,10 @@ class VmOwner:
         await self._keeper.change(lambda book: (book.step(step), None))
 
 
-def _since_stop(vmm: SourceVmm) -> dict[str, int]:
-    """When the VM stopped, and how long ago: the other host's clock may differ from ours."""
-    stopped_unix_us = vmm.stopped_unix_us
-    if stopped_unix_us is None:
-        return {}
-    return {
-        "stopped_unix_us": stopped_unix_us,
-        "stopped_for_us": max(1, time.time_ns() // 1000 - stopped_unix_us),
-    }
+def _chunk(vmm: SourceVmm, generation: int, data: bytes) -> pb.DeviceStateChunk:
+    """A piece of the device state, with how long the VM has stood still: the other host's clock may differ from ours."""
+    chunk = pb.DeviceStateChunk(data=data, generation=generation)
+    if vmm.stopped_unix_us is not None:
+        chunk.stopped_unix_us = vmm.stopped_unix_us
+        chunk.stopped_for_us = max(1, time.time_ns() // 1000 - vmm.stopped_unix_us)
+    return chunk

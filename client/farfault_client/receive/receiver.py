@@ -297,7 +297,13 @@ class Receiver:
     async def _run_if_paused(self) -> None:
         """The receiver died between its record of the hand-over and `cont`."""
         destination = await self._connect_destination()
-        if await destination.status() in ("paused", "postmigrate", "inmigrate", "prelaunch"):
+        status = await destination.status()
+        if status == "inmigrate":
+            raise GuestWaitsError(
+                "the destination VMM was started anew and holds no VM, although the VM was handed over to this host",
+                "its state went with the VMM that had it; the page server still holds the memory of the switchover",
+            )
+        if status != "running":
             await destination.cont()
 
     async def _reopen(self, record: Record) -> None:
