@@ -209,7 +209,7 @@ class VmOwner:
 
 
 def _chunk(vmm: SourceVmm, generation: int, data: bytes) -> pb.DeviceStateChunk:
-    """A piece of the device state, with how long the VM has stood still: the other host's clock may differ from ours."""
+    """A piece of the device state, and how long the VM has stood still (the other host's clock may differ)."""
     chunk = pb.DeviceStateChunk(data=data, generation=generation)
     if vmm.stopped_unix_us is not None:
         chunk.stopped_unix_us = vmm.stopped_unix_us

@@ -116,7 +116,7 @@ class GuestVm:
         command = ["reference-vmm", "--ram", str(self.ram), "--size", f"{self.ram_bytes >> 20}MiB"]
         command += ["--vcpus", str(self.vcpus), "--qmp", str(self.qmp)]
         command += ["--random"] if self.random else []
-        command += ["--pages-max", str(self.pages_max)] if self.pages_max is not None else []
+        command += ["--pages", str(self.pages_max)] if self.pages_max is not None else []
         command += ["--simulated", "--seed", str(self.seed)] if self.kind is VmmKind.SIMULATED else []
         command += ["--incoming", "defer"] if incoming else []
         if attach is not None:
