@@ -30,7 +30,7 @@ class QmpServer:
     """Listens; `serve_once` does the work.
 
     Args:
-        path: of the socket; one that is there is replaced.
+        path: of the socket; one that is there is replaced, and it appears only when a client can connect.
 
     Raises:
         UsageError: the path cannot be listened on.
@@ -41,14 +41,15 @@ class QmpServer:
         self._client: socket.socket | None = None
         self._reader = qmp.RequestReader()
         self._send_lock = threading.Lock()
-        if len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX:
-            raise UsageError(f"{path} is longer than {UNIX_PATH_BYTES_MAX} bytes", "choose a shorter --qmp")
+        hidden = path.with_name(f"{path.name}.{os.getpid()}")
+        if len(os.fsencode(hidden)) > UNIX_PATH_BYTES_MAX:
+            raise UsageError(f"{hidden} is longer than {UNIX_PATH_BYTES_MAX} bytes", "choose a shorter --qmp")
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            path.unlink(missing_ok=True)
-            self._listening.bind(os.fspath(path))
-            path.chmod(0o600)
+            self._listening.bind(os.fspath(hidden))
+            hidden.chmod(0o600)
             self._listening.listen(1)
+            hidden.replace(path)
         except OSError as error:
             self._listening.close()
             raise UsageError(f"cannot listen on {path}: {error.strerror}", "choose another --qmp") from error
