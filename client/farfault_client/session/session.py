@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -148,9 +148,9 @@ class Session:
 
     # ---- lanes -----------------------------------------------------------------------------------
 
-    def start(self, user: LaneUser) -> None:
-        """Lets pages flow, and keeps them flowing over losses, until `close`."""
-        for lane in Lane:
+    def start(self, user: LaneUser, lanes: Iterable[Lane] = tuple(Lane)) -> None:
+        """Lets pages flow on these lanes, and keeps them flowing over losses, until `close`."""
+        for lane in lanes:
             task = asyncio.get_running_loop().create_task(self._keep(lane, user), name=f"{lane.value} lane")
             self._tasks.append(task)
 
