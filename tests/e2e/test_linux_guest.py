@@ -35,8 +35,8 @@ WAIT_S_MAX = 120.0
 POLLS_MAX = 1200
 POLL_S = 0.05
 PAGE_BYTES = 4096
-BALLOON_MIB = 48
-SLOW_BYTES_PER_S = 4 * MIB
+BALLOON_MIB = 16
+SLOW_BYTES_PER_S = 8 * MIB
 
 pytestmark = [
     pytest.mark.e2e,
@@ -143,7 +143,7 @@ async def test_linux_guest_moves(machine: str, vcpus: int) -> None:
 
 
 async def test_balloon_inflates_while_pages_are_on_their_way() -> None:
-    async with linux_scene(balloon=True, stale_mib=144) as scene:
+    async with linux_scene(balloon=True, stale_mib=176) as scene:
         at_source = await scene.start("--bandwidth", str(SLOW_BYTES_PER_S))
         before = await ask(scene.source, "before", timeout_s=WAIT_S_MAX)
         running = asyncio.Event()

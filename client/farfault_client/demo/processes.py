@@ -98,6 +98,10 @@ class Processes:
         except subprocess.TimeoutExpired:
             raise FarfaultError(f"{name} does not end within {timeout_s:g} s:\n{self.tail(name)}") from None
 
+    def names(self) -> list[str]:
+        """Children that were started and not ended."""
+        return list(self._running)
+
     def pid(self, name: str) -> int:
         return self._running[name].pid
 
