@@ -145,8 +145,14 @@ class AttachedVmm:
         return {counters.thread_id: vcpu for vcpu, counters in self.counters().items()}
 
     def start(self, on_report: Callable[[VcpuChannel, Report], None]) -> None:
-        """Accepts the hand-over: vCPUs announce themselves and their reports arrive from now on."""
+        """Accepts the hand-over: vCPUs announce themselves and their reports arrive from now on.
+
+        Threads that sleep on missing pages fault again: an earlier receiver may have read their faults and died.
+        """
         self._on_report = on_report
+        if self.uffd is not None:
+            for region in self.handover.regions:
+                self.uffd.wake(region.base_hva, region.size_bytes)
         for channel in self._channels:
             channel.start(on_report)
         self._send(FrameType.READY)
