@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import re
@@ -43,6 +44,10 @@ class ServeOptions:
     abandon: bool
     listen: str
     port_file: Path | None
+    express_port: int
+    has_express: bool
+    tls: Path | None
+    is_insecure: bool
     admission_token_file: Path | None
     leases_max: int
 
@@ -73,6 +78,10 @@ class Size(click.ParamType["int"]):
 )
 @click.option("--abandon", is_flag=True, help="Take a suspended VM back from a destination that is gone: it runs.")
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT", help="Port 0: any.")
+@click.option("--express-port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any.")
+@click.option("--express/--no-express", "has_express", default=True, help="Answer urgent pages without gRPC, too.")
+@click.option("--tls", type=click.Path(path_type=Path), help="Directory with cert.pem, key.pem and ca.pem.")
+@click.option("--insecure", is_flag=True, help="Allow other hosts to connect without TLS.")
 @click.option("--port-file", type=click.Path(path_type=Path), help="Write the bound port here when ready.")
 @click.option(
     "--admission-token-file",
@@ -83,7 +92,7 @@ class Size(click.ParamType["int"]):
 @click.option("--leases-max", type=click.IntRange(1, 1024), default=64, show_default=True, help="Leases at a time.")
 @click.option("--log-level", default="info", show_default=True, help="debug, info, warning, error.")
 @click.option("--json-logs", is_flag=True, help="One JSON object a line.")
-def serve(*, frozen: bool, log_level: str, json_logs: bool, **options: object) -> None:
+def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **options: object) -> None:
     """Serve the memory of a VM, page by page.
 
     The memory is a RAM file that the VMM maps shared, the memory of a running VMM, a snapshot, or made up from a
@@ -104,7 +113,7 @@ def serve(*, frozen: bool, log_level: str, json_logs: bool, **options: object) -
     configure_logging(level=log_level, as_json=json_logs)
     import uvloop
 
-    uvloop.run(run(ServeOptions(is_frozen=frozen, **options)))  # type: ignore[arg-type]
+    uvloop.run(run(ServeOptions(is_frozen=frozen, is_insecure=insecure, **options)))  # type: ignore[arg-type]
 
 
 async def run(options: ServeOptions) -> None:
@@ -118,10 +127,13 @@ async def run(options: ServeOptions) -> None:
     if options.is_frozen and options.qmp is not None:
         raise UsageError("--frozen and --qmp exclude each other", "with --qmp the server knows the state of the VM")
     host, port = parse_address(options.listen)
+    check_exposure(host, options)
     token_file = options.admission_token_file
     config = ServerConfig(
         host=host,
         port=port,
+        express_port=options.express_port if options.has_express else None,
+        tls=options.tls,
         leases_max=options.leases_max,
         admission_token=read_token_file(token_file) if token_file is not None else None,
         abandon=options.abandon,
@@ -149,6 +161,28 @@ def parse_address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{text!r} is not an address", "give HOST:PORT, for example 0.0.0.0:7777 or [::1]:7777")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def check_exposure(host: str, options: ServeOptions) -> None:
+    """Guest memory does not leave this host in the clear unless the operator says so.
+
+    Raises:
+        UsageError: another host could connect and there is no TLS.
+    """
+    if options.tls is not None or options.is_insecure or is_loopback(host):
+        return
+    raise UsageError(
+        f"listening on {host} without TLS would show guest memory to the network",
+        "give --tls DIR (`farfault certs` makes certificates for a trial), or --insecure on a network you trust",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can connect to the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def open_regions(options: ServeOptions) -> list[PageRegion]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,10 +12,12 @@ from typing import Final
 import grpc.aio
 from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import UsageError
+from farfault_cli.tls import ServerTls
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from farfault_server.express import ExpressListener
 from farfault_server.lanes.limits import REQUEST_BYTES_MAX, LaneLimits
 from farfault_server.lanes.streams import Streams
 from farfault_server.leases.book import LeaseBook
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S: Final = 2.0
 """Calls that are under way when the server ends may go on for this long."""
+TLS_REFRESH_S: Final = 5.0
+"""How often the express lane looks whether its certificate was renewed."""
 WATCH_INTERVAL_S: Final = 1.0
 """How often the VM, which should stand still, is looked at."""
 MESSAGE_BYTES_MAX: Final = 8 << 20
@@ -58,12 +61,16 @@ class ServerConfig:
         host: address to listen on.
         port: of the gRPC port; 0: any.
         leases_max: of both kinds.
+        express_port: of the express lane; 0: any; None: no express lane.
+        tls: directory of the TLS files; None: plain.
         admission_token: what Open needs; None: nothing.
         abandon: takes a suspended VM back from its destination at the start.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
+    express_port: int | None = 0
+    tls: Path | None = None
     leases_max: int = LEASES_MAX
     admission_token: str | None = None
     abandon: bool = False
@@ -91,7 +98,10 @@ class PageServer:
     owner: VmOwner = field(init=False)
     _server: grpc.aio.Server = field(init=False)
     _health: health_aio.HealthServicer = field(init=False)
-    _watch: asyncio.Task[None] | None = None
+    _limits: LaneLimits = field(init=False)
+    _tls: ServerTls | None = field(init=False)
+    _express: ExpressListener | None = None
+    _chores: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def start(self) -> None:
         """Takes the record up, listens, and serves. `port` is bound afterwards.
@@ -106,13 +116,30 @@ class PageServer:
         self.keeper.lease_ended = self.streams.end_lease
         self.owner = VmOwner(self.vmm, self.keeper)
         await self.owner.recover(abandon=self.config.abandon)
+        self._limits = LaneLimits.for_regions(self.regions)
+        self._tls = ServerTls(self.config.tls) if self.config.tls is not None else None
         self._server = self._make_server()
         self.port = self._listen()
+        await self._start_express()
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         if self.vmm is not None:
-            self._watch = asyncio.create_task(self._watch_vm(), name="watch VM")
+            self._chores.append(asyncio.create_task(self._watch_vm(), name="watch VM"))
+
+    async def _start_express(self) -> None:
+        if self.config.express_port is None:
+            return
+        self._express = ExpressListener(self.keeper, self._limits, self.streams, self.stats.express)
+        context = self._tls.ssl_context if self._tls is not None else None
+        await self._express.start(self.config.host, self.config.express_port, context)
+        if self._tls is not None:
+            self._chores.append(asyncio.create_task(self._refresh_tls(self._tls), name="refresh TLS"))
+
+    async def _refresh_tls(self, tls: ServerTls) -> None:
+        while True:
+            await asyncio.sleep(TLS_REFRESH_S)
+            tls.refresh()
 
     def _load_book(self) -> LeaseBook:
         identity = [region.identity() for region in self.regions]
@@ -135,7 +162,7 @@ class PageServer:
         pages = PageService(
             self.keeper,
             self.owner,
-            LaneLimits.for_regions(self.regions),
+            self._limits,
             self.streams,
             self.stats,
             lanes=self._lanes,
@@ -153,7 +180,10 @@ class PageServer:
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         address = f"{host}:{self.config.port}"
         try:
-            port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._tls.grpc_credentials())
         except RuntimeError:
             port = 0
         if port == 0:
@@ -163,7 +193,9 @@ class PageServer:
         return port
 
     def _lanes(self) -> list[pb.LaneAddress]:
-        return []
+        if self._express is None:
+            return []
+        return [pb.LaneAddress(kind=pb.LANE_KIND_EXPRESS, port=self._express.port)]
 
     async def _watch_vm(self) -> None:
         while True:
@@ -173,12 +205,13 @@ class PageServer:
     async def stop(self, drain_s: float = DRAIN_S) -> None:
         """Accepts nothing more, ends streams, closes. The VM and the leases stay as they are."""
         await self._health.enter_graceful_shutdown()
-        if self._watch is not None:
-            self._watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watch
+        for chore in self._chores:
+            chore.cancel()
+        await asyncio.gather(*self._chores, return_exceptions=True)
         self.streams.end_all()
         await self._server.stop(drain_s)
+        if self._express is not None:
+            await self._express.stop()
         if self.vmm is not None:
             await self.vmm.close()
         for region in self.regions:

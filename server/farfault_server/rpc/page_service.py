@@ -16,6 +16,7 @@ from farfault.v1 import pages_pb2 as pb
 from farfault_cli import __version__
 from farfault_cli.errors import FarfaultError
 
+from farfault_server.clock import clock_us
 from farfault_server.lanes.answering import Answering
 from farfault_server.lanes.limits import LaneLimits
 from farfault_server.lanes.stats import LaneStats
@@ -35,11 +36,6 @@ logger = logging.getLogger(__name__)
 LEASES_MAX: Final = 64
 DIGEST_BLOCK_BYTES: Final = 256 << 10
 """Read and hashed at once, about 50 us; then other work has its turn."""
-
-
-def clock_us() -> int:
-    """Monotonic microseconds."""
-    return time.monotonic_ns() // 1000
 
 
 @dataclass(slots=True)

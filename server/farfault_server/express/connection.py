@@ -1,0 +1,178 @@
+"""One express connection: requests are parsed, read and answered within the call that brings the bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING, Final, cast
+
+from farfault.v1 import pages_pb2 as pb
+from google.protobuf.message import DecodeError
+
+from farfault_server.express.frames import LENGTH, FrameBuffer, FrameTooLongError
+from farfault_server.lanes.answering import Answering
+from farfault_server.leases.book import PROTOCOL_VERSION
+from farfault_server.leases.refusals import Code, RefusedError
+
+if TYPE_CHECKING:
+    from farfault_server.express.listener import ExpressListener
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S: Final = 5.0
+"""A connection that has not said hello by then is closed."""
+WRITE_BYTES_HIGH: Final = 1 << 20
+"""Answers that the client does not take pile up to this, and a batch; then its requests wait."""
+PEER_SILENCE_S: Final = 15
+"""A client whose host does not acknowledge anything for this long is gone."""
+KEEPALIVE_S: Final = 5
+
+
+class ExpressConnection(asyncio.BufferedProtocol):
+    """The driver of one connection.
+
+    Args:
+        listener: what all connections share.
+    """
+
+    def __init__(self, listener: ExpressListener) -> None:
+        self._listener = listener
+        self._frames = FrameBuffer(listener.limits.max_frame_bytes)
+        self._transport: asyncio.Transport | None = None
+        self._core: Answering | None = None
+        self._lease_id = ""
+        self._hello_timer: asyncio.TimerHandle | None = None
+        self._is_writable = True
+        self._is_reading = True
+
+    # ---- asyncio.BufferedProtocol ----------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are of no such class
+        if not self._listener.admit(self):
+            self.abort()
+            return
+        self._transport.set_write_buffer_limits(high=WRITE_BYTES_HIGH)
+        _watch_peer(transport.get_extra_info("socket"))
+        self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self.abort)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._frames.writable()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._frames.wrote(nbytes)
+        try:
+            self._consume()
+        except (FrameTooLongError, DecodeError) as error:
+            logger.warning("express connection dropped: %s", error)
+            self.abort()
+
+    def pause_writing(self) -> None:
+        self._is_writable = False
+
+    def resume_writing(self) -> None:
+        self._is_writable = True
+        self.buffer_updated(0)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._hello_timer is not None:
+            self._hello_timer.cancel()
+        self._listener.lost(self)
+        if self._core is not None:
+            self._listener.streams.remove(self._lease_id, self.end, self._core.line)
+            self._listener.stats.streams -= 1
+            self._listener.keeper.saw(self._lease_id)
+
+    # ---- within ----------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Closes when what was answered is sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Closes at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _consume(self) -> None:
+        """Takes all requests that have come, then answers all: what came together travels together."""
+        while True:
+            self._parse()
+            self._answer()
+            core = self._core
+            if core is None or not core.line.is_full or not self._is_writable:
+                break
+        self._set_reading(core is None or not core.line.is_full)
+
+    def _parse(self) -> None:
+        core = self._core
+        while core is None or not core.line.is_full:
+            frame = self._frames.next_frame()
+            if frame is None:
+                return
+            if core is not None:
+                core.receive(frame)
+            elif not self._greet(frame):
+                return
+            else:
+                core = self._core
+
+    def _answer(self) -> None:
+        core, transport = self._core, self._transport
+        if core is None or transport is None:
+            return
+        while self._is_writable and (batch := core.next_batch()) is not None:
+            transport.writelines((LENGTH.pack(len(batch)), batch))
+
+    def _set_reading(self, is_reading: bool) -> None:
+        if is_reading is self._is_reading or self._transport is None or self._transport.is_closing():
+            return
+        self._is_reading = is_reading
+        if is_reading:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _greet(self, frame: bytes) -> bool:
+        """The first frame. Returns whether the client is let in."""
+        try:
+            self._let_in(pb.LaneHello.FromString(frame))
+        except RefusedError as error:
+            logger.info("refused an express connection: %s", error.problem)
+            self._welcome(pb.LaneWelcome(code=error.code, message=str(error)))
+            self.end()
+            return False
+        self._welcome(pb.LaneWelcome())
+        return True
+
+    def _let_in(self, hello: pb.LaneHello) -> None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise RefusedError(
+                Code.FAILED_PRECONDITION,
+                f"the client speaks protocol version {hello.protocol_version}, the server {PROTOCOL_VERSION}",
+                "run the same farfault version on both hosts",
+            )
+        lease = self._listener.keeper.authorize(hello.lease_id, hello.token)
+        core = self._listener.new_core()
+        self._listener.streams.add(lease.lease_id, self.end, core.line)
+        self._listener.stats.streams += 1
+        self._core, self._lease_id = core, lease.lease_id
+        if self._hello_timer is not None:
+            self._hello_timer.cancel()
+
+    def _welcome(self, welcome: pb.LaneWelcome) -> None:
+        assert self._transport is not None
+        message = welcome.SerializeToString()
+        self._transport.write(LENGTH.pack(len(message)) + message)
+
+
+def _watch_peer(connection: socket.socket | None) -> None:
+    """A plain stream notices a dead host only where it is told to."""
+    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_SILENCE_S * 1000)
