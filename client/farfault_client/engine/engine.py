@@ -2,29 +2,46 @@
 
 It does no I/O and reads no clock. A driver
 
-1. tells it what happened: `fault`, `removed`, `present`, `arrived`, `installed`, `lost`;
+1. tells it what happened: `fault`, `removed`, `present`, `arrived`, `installed`, `not_installed`, `lost`;
 2. asks what to send: `next_demand`, `next_prefetch`, `next_background`, until they return None;
-3. installs what `arrived` returns, then says `installed` and restarts the waiters that come back.
+3. installs what `arrived` returns, then says `installed` and restarts the waiters that come back. If events
+   came in between, it first asks `to_install` what is left of a run: a page may have been removed.
 
 Promises: at most one fetch per page is in flight; a fault on a page in flight raises its priority and
-waits; an arrival is clipped to what is still wanted; a removed page is never fetched.
+waits; an arrival is clipped to what is still wanted, and wanted once; a removed page is never fetched; a
+request that is answered in part is asked again for the rest.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
-from farfault_shim.layout import Layout, PageIndex, PageRun
+from farfault_shim.layout import PAGE_SIZES_BYTES, Layout, PageIndex, PageRun
 
+from farfault_client.engine.demand_queue import DemandQueue
 from farfault_client.engine.neighbours import DEPTH_MAX_PAGES, NeighbourPrefetch
+from farfault_client.engine.orders import EngineStats, Extent, ExtentResult, FaultAnswer, Fetch, Install
 from farfault_client.engine.page_map import PageMap
 from farfault_client.engine.rate import RateLimit
 from farfault_client.engine.states import PageInput, PageState, Priority
+from farfault_client.engine.waiters import Waiter, Waiters
 from farfault_client.engine.window import BackgroundWindow
+
+HINT_RUNS_MAX: Final = 1 << 16
+"""Hinted runs that wait to be fetched."""
+NEIGHBOUR_RUNS_MAX: Final = 1024
+"""Neighbours that wait to be fetched; the oldest are dropped, as the guest has moved on."""
+REFUSAL_PAUSE_S: Final = 0.05
+"""The background lane rests this long after a refusal, so that a refusing server is not hammered."""
+SMALLEST_PAGE_BYTES: Final = min(PAGE_SIZES_BYTES)
+
+# Bound once: looking up a member of an enum costs as much as a bytes search.
+_WANT, _SEND, _ARRIVE, _INSTALL = PageInput.WANT, PageInput.SEND, PageInput.ARRIVE, PageInput.INSTALL
+_ABSENT, _WANTED, _IN_FLIGHT, _REMOVED = PageState.ABSENT, PageState.WANTED, PageState.IN_FLIGHT, PageState.REMOVED
+_VCPU = Priority.VCPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,100 +50,20 @@ class EngineConfig:
 
     Attributes:
         demand_pages_max: pages in one demand request.
-        batch_bytes_max: bytes in one background request.
-        neighbour_pages_max: longest neighbour prefetch; 0 turns it off.
+        demand_bytes_max: bytes in one demand request; one page is always allowed.
+        batch_bytes_max: bytes in one prefetch or background request; one page is always allowed.
+        neighbour_pages_max: longest neighbour prefetch; 0 turns it off. Pages that do not fit twice into
+            `batch_bytes_max` (2 MiB, 1 GiB) have no neighbours.
         background_bytes_per_s: cap of the background lane; 0: none. Demand is never capped.
         waiters_max: threads that may wait at one time.
     """
 
     demand_pages_max: int = 256
+    demand_bytes_max: int = 1 << 20
     batch_bytes_max: int = 256 << 10
     neighbour_pages_max: int = DEPTH_MAX_PAGES
     background_bytes_per_s: int = 0
     waiters_max: int = 65536
-
-
-class Waiter(NamedTuple):
-    """A thread that waits for pages.
-
-    Attributes:
-        key: names it for the driver; a second fault of the same key replaces the first.
-        priority: VCPU or VMM.
-        since: when it began to wait, in seconds.
-        pages: what it waits for; all of them must be present.
-    """
-
-    key: object
-    priority: Priority
-    since: float
-    pages: tuple[PageIndex, ...]
-
-
-class Fetch(NamedTuple):
-    """A request to send: runs of pages, none of which crosses a region border."""
-
-    request_id: int
-    priority: Priority
-    runs: tuple[PageRun, ...]
-    size_bytes: int
-
-
-class ExtentResult(Enum):
-    """What an answer says about a run of pages."""
-
-    DATA = "data"
-    ZERO = "zero"
-    REFUSED = "refused"
-
-
-class Extent(NamedTuple):
-    """A run of pages of an answer."""
-
-    run: PageRun
-    result: ExtentResult
-
-
-class Install(NamedTuple):
-    """An order to the driver: put these pages into guest memory.
-
-    Attributes:
-        run: pages of one region.
-        data_offset: where their bytes begin in the answer's data; -1: they are zero.
-    """
-
-    run: PageRun
-    data_offset: int
-
-
-class FaultAnswer(NamedTuple):
-    """What a fault means for the driver.
-
-    Attributes:
-        ready: every page is present: restart (or wake) the thread at once. Else it waits.
-        zero_pages: removed pages among them: the driver installs zero pages now, then says `installed`.
-    """
-
-    ready: bool
-    zero_pages: tuple[PageIndex, ...] = ()
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the start; pages and faults, not bytes."""
-
-    demand_faults: int = 0
-    faults_of_vcpus: int = 0
-    faults_of_vmm: int = 0
-    faults_on_flight: int = 0
-    faults_on_present: int = 0
-    installed_pages: int = 0
-    zero_pages: int = 0
-    existed_pages: int = 0
-    removed_pages: int = 0
-    refused_pages: int = 0
-    clipped_pages: int = 0
-    lost_pages: int = 0
-    requests_by_priority: dict[Priority, int] = field(default_factory=lambda: dict.fromkeys(Priority, 0))
 
 
 class FaultEngine:
@@ -135,6 +72,11 @@ class FaultEngine:
     Args:
         layout: guest memory.
         config: bounds.
+
+    Attributes:
+        pages: the state of every page.
+        window: credit of the background lane.
+        rate: its bandwidth cap; ``rate.bytes_per_s`` may change at any time.
     """
 
     def __init__(self, layout: Layout, config: EngineConfig | None = None) -> None:
@@ -145,63 +87,76 @@ class FaultEngine:
         self.window = BackgroundWindow()
         self.rate = RateLimit(self.config.background_bytes_per_s)
         self.neighbours = NeighbourPrefetch(self.config.neighbour_pages_max)
-        self._queues: dict[Priority, deque[PageRun]] = {priority: deque() for priority in Priority}
-        self._waiters_of_page: dict[int, list[object]] = {}
-        self._waiter: dict[object, tuple[Waiter, set[int]]] = {}
+        self._waiters = Waiters()
+        self._demand = {Priority.VCPU: DemandQueue(), Priority.VMM: DemandQueue()}
+        self._neighbour_runs: deque[PageRun] = deque(maxlen=NEIGHBOUR_RUNS_MAX)
+        self._hints: deque[PageRun] = deque()
         self._in_flight: dict[int, Fetch] = {}
-        self._next_request_id = 1
-        self._background_cursor = 0
+        self._background_sent_at: dict[int, float] = {}
         self._background_in_flight_bytes = 0
-        self._settled_pages = 0
+        self._background_cursor = 0
+        self._background_rests_until = float("-inf")
+        self._next_request_id = 1
+        sizes = {region.page_size_bytes for region in layout.regions}
+        self._only_page_bytes = sizes.pop() if len(sizes) == 1 else 0
 
     # ---- what happened -------------------------------------------------------------------------
 
     def fault(self, key: object, pages: Sequence[PageIndex], priority: Priority, now: float) -> FaultAnswer:
         """A thread missed pages. If it has to wait, it comes back from `installed`.
 
+        Args:
+            key: of the thread; a second fault of the same key replaces the first.
+            pages: that must all be present before it goes on.
+            priority: VCPU or VMM.
+            now: seconds.
+
         Raises:
             OverflowError: more than `EngineConfig.waiters_max` threads wait.
         """
-        stats = self.stats
+        stats, page_map = self.stats, self.pages
         stats.demand_faults += 1
-        if priority is Priority.VCPU:
+        if priority is _VCPU:
             stats.faults_of_vcpus += 1
         else:
             stats.faults_of_vmm += 1
-        missing = {int(page) for page in pages if not self.pages.is_present(page)}
-        self.forget(key)
+        if key in self._waiters:
+            self.forget(key)
+        missing = {page for page in pages if not page_map.is_present(page)}
         if not missing:
             stats.faults_on_present += 1
-            return FaultAnswer(ready=True)
-        if len(self._waiter) >= self.config.waiters_max:
+            return FaultAnswer(True)
+        if len(self._waiters) >= self.config.waiters_max:
             raise OverflowError(f"more than {self.config.waiters_max} threads wait for pages")
         self.window.fault(now)
-        self._waiter[key] = (Waiter(key, priority, now, tuple(pages)), missing)
+        self._waiters.add(Waiter(key, priority, now, tuple(pages)), missing)
         removed: list[PageIndex] = []
         for page in missing:
-            self._waiters_of_page.setdefault(page, []).append(key)
-            if self.pages.state(page) is PageState.REMOVED:
-                removed.append(PageIndex(page))
+            if page_map.state(page) is _REMOVED:
+                removed.append(page)
             else:
-                self._want(page, priority)
-                if priority is Priority.VCPU:
-                    self._prefetch_around(page)
-        return FaultAnswer(ready=False, zero_pages=tuple(removed))
+                self._want(key, page, priority)
+        if priority is _VCPU:
+            self._prefetch_around(key, pages[-1])
+        return FaultAnswer(False, tuple(removed))
 
     def forget(self, key: object) -> None:
         """A thread no longer waits (a kick, or it is gone). Its pages are fetched all the same."""
-        entry = self._waiter.pop(key, None)
-        if entry is None:
-            return
-        for page in entry[1]:
-            keys = self._waiters_of_page[page]
-            keys.remove(key)
-            if not keys:
-                del self._waiters_of_page[page]
+        waiter = self._waiters.forget(key)
+        if waiter is not None:
+            self._demand[waiter.priority].forget(key)
 
-    def hint(self, run: PageRun) -> None:
-        """Pages that the guest is expected to need soon: fetched before the background."""
-        self._want_run(run, Priority.HINT)
+    def hint(self, run: PageRun) -> bool:
+        """Pages that the guest is expected to need soon: the background fetches them first, in this order.
+
+        Returns:
+            False if `HINT_RUNS_MAX` hints wait already; the pages come with the rest.
+        """
+        if len(self._hints) >= HINT_RUNS_MAX:
+            return False
+        for _, part in self.layout.split(*run):
+            self._hints.append(part)
+        return True
 
     def removed(self, run: PageRun) -> list[PageIndex]:
         """The guest gave pages back: zero from now on.
@@ -209,50 +164,61 @@ class FaultEngine:
         Returns:
             Those of them that a thread waits for; the driver installs zero pages there.
         """
-        settled = sum(found.count for found in self.pages.runs(*run, PageState.INSTALLED, PageState.REMOVED))
         self.pages.apply(run.first, run.count, PageInput.REMOVE)
-        self._settled_pages += run.count - settled
         self.stats.removed_pages += run.count
-        if not self._waiters_of_page:
-            return []
-        return [PageIndex(page) for page in self._waiters_of_page if run.first <= page < run.end]
+        return [PageIndex(page) for page in self._waiters.awaited(run)]
 
-    def present(self, run: PageRun) -> None:
-        """Pages that are in guest memory already (found in the kernel after a restart)."""
-        for absent in list(self.pages.runs(*run, PageState.ABSENT, PageState.WANTED)):
-            self.pages.apply(*absent, PageInput.INSTALL)
-            self._settled_pages += absent.count
+    def present(self, run: PageRun) -> list[Waiter]:
+        """Pages that are in guest memory already (found in the kernel after a restart).
+
+        Returns:
+            As `installed`.
+        """
+        woken: list[Waiter] = []
+        for part in self.pages.runs(*run, _ABSENT, _WANTED):
+            self.pages.apply(*part, _INSTALL)
+            woken.extend(self._waiters.wake(self._waiters.awaited(part)))
+        return woken
 
     def arrived(self, extents: Iterable[Extent], done: Iterable[int], now: float) -> list[Install]:
         """A verified answer arrived.
 
         Args:
             extents: in the order of the answer's data.
-            done: request ids that are answered in full.
+            done: request ids that are answered in full. What they asked for and nobody sent is asked for again.
             now: seconds.
 
         Returns:
-            What to install. Pages that were removed or settled meanwhile, or never asked for, are left out.
+            What to install. Pages that were removed or settled meanwhile, that were never asked for, or that
+            an earlier extent brought already, are left out.
         """
+        pages = self.pages
         installs: list[Install] = []
         offset = 0
         for run, result in extents:
-            page_size = self.layout.region_of_page(run.first).page_size_bytes
-            wanted = list(self.pages.runs(run.first, run.count, PageState.IN_FLIGHT))
-            self.stats.clipped_pages += run.count - sum(part.count for part in wanted)
-            for part in wanted:
-                if result is ExtentResult.DATA:
+            if result is ExtentResult.REFUSED:
+                self.stats.refused_pages += run.count  # they are asked for again when their request is done
+                self._background_rests_until = now + REFUSAL_PAUSE_S
+                continue
+            wanted = pages.runs(run.first, run.count, _IN_FLIGHT)
+            if result is ExtentResult.ZERO:
+                for part in wanted:
+                    self._zero(part, installs)
+            else:
+                page_size = self._page_bytes(run.first)
+                for part in wanted:
+                    pages.apply(part.first, part.count, _ARRIVE)
                     installs.append(Install(part, offset + (part.first - run.first) * page_size))
-                elif result is ExtentResult.ZERO:
-                    installs.extend(self._zero(part))
-                else:
-                    self.stats.refused_pages += part.count
-                    self._lose(part)
-            if result is ExtentResult.DATA:
                 offset += run.count * page_size
+            if len(wanted) != 1 or wanted[0].count != run.count:
+                self.stats.clipped_pages += run.count - sum(part.count for part in wanted)
         for request_id in done:
             self._finish_request(request_id, now)
         return installs
+
+    def to_install(self, run: PageRun) -> list[PageRun]:
+        """What is left to install of a run that `arrived` ordered: not the pages that were removed since."""
+        return self.pages.runs(*run, PageState.ARRIVED)
 
     def installed(self, run: PageRun, *, existed: bool = False, zero: bool = False) -> list[Waiter]:
         """Pages are in guest memory now.
@@ -265,135 +231,166 @@ class FaultEngine:
         Returns:
             The threads that wait for nothing any more.
         """
-        fresh = run.count - sum(found.count for found in self.pages.runs(*run, PageState.INSTALLED, PageState.REMOVED))
-        self.pages.apply(run.first, run.count, PageInput.INSTALL)
-        self._settled_pages += fresh
+        fresh = self.pages.apply(run.first, run.count, _INSTALL)
         if existed:
             self.stats.existed_pages += run.count
         elif zero:
             self.stats.zero_pages += fresh
         else:
-            self.stats.installed_pages += run.count
-        if not self._waiters_of_page:
-            return []
-        pages = range(run.first, run.end)
-        if run.count > len(self._waiters_of_page):
-            awaited = [page for page in self._waiters_of_page if page in pages]
-        else:
-            awaited = [page for page in pages if page in self._waiters_of_page]
-        woken: list[Waiter] = []
-        for page in awaited:
-            for key in self._waiters_of_page.pop(page):
-                waiter, missing = self._waiter[key]
-                missing.discard(page)
-                if not missing:
-                    del self._waiter[key]
-                    woken.append(waiter)
-        return woken
+            self.stats.installed_pages += fresh
+        awaited = self._waiters.awaited(run)
+        return self._waiters.wake(awaited) if awaited else []
+
+    def not_installed(self, run: PageRun) -> None:
+        """Pages that `arrived` ordered could not be installed: they are fetched again."""
+        for part in self.pages.runs(*run, PageState.ARRIVED):
+            self._lose(part)
 
     def lost(self, request_ids: Iterable[int] | None = None) -> None:
         """Requests will not be answered (the stream broke, or an answer was refused); None: all of them."""
+        background_lost = False
         for request_id in list(self._in_flight if request_ids is None else request_ids):
             fetch = self._in_flight.pop(request_id, None)
             if fetch is None:
                 continue
-            if fetch.priority is Priority.BACKGROUND:
+            if self._background_sent_at.pop(request_id, None) is not None:
+                background_lost = True
                 self._background_in_flight_bytes -= fetch.size_bytes
-            for run in fetch.runs:
-                for part in list(self.pages.runs(*run, PageState.IN_FLIGHT)):
-                    self._lose(part)
+            self._lose_unanswered(fetch)
+        if background_lost:
+            self.window.lost()
 
     # ---- what to send --------------------------------------------------------------------------
 
     def next_demand(self) -> Fetch | None:
-        """One request for all faults that wait now, most urgent first; None: there is none."""
-        return self._next_of((Priority.VCPU, Priority.VMM))
+        """One request for all faults that wait now, vCPUs' first; None: there is none.
+
+        A request that is full takes a page of each thread in turn; the rest is in the next one.
+        """
+        pages_left, bytes_left = self.config.demand_pages_max, self.config.demand_bytes_max
+        runs: list[PageRun] = []
+        urgent: Priority | None = None
+        for priority, queue in self._demand.items():
+            if not queue:
+                continue
+            taken: list[int] = []
+            for page in queue.take() if pages_left > 0 and bytes_left > 0 else ():
+                if self.pages.state(page) is not _WANTED:
+                    continue
+                self.pages.apply(page, 1, _SEND, priority)
+                taken.append(page)
+                pages_left -= 1
+                bytes_left -= self._page_bytes(page)
+                if pages_left <= 0 or bytes_left <= 0:
+                    break
+            if taken:
+                runs.extend(self._runs_of(taken))
+                urgent = urgent or priority
+        if urgent is None:
+            return None
+        return self._request(urgent, runs, self.config.demand_bytes_max - bytes_left)
 
     def next_prefetch(self) -> Fetch | None:
-        """One request for neighbours and hints; None: there is none, or a demand request is to be sent first."""
-        return self._next_of((Priority.NEIGHBOUR, Priority.HINT))
+        """One request for neighbours of faults, at most a batch; None: there is none."""
+        runs: list[PageRun] = []
+        size_bytes = 0
+        while self._neighbour_runs and size_bytes < self.config.batch_bytes_max:
+            run = self._neighbour_runs.popleft()
+            page_size = self._page_bytes(run.first)
+            room = max(1, (self.config.batch_bytes_max - size_bytes) // page_size)
+            absent = self.pages.next_absent(run.first, run.end, room)
+            if absent is None:
+                continue
+            if absent.end < run.end:
+                self._neighbour_runs.appendleft(PageRun(PageIndex(absent.end), run.end - absent.end))
+            self.pages.apply(*absent, _SEND, Priority.NEIGHBOUR)
+            self.stats.prefetched_pages += absent.count
+            runs.append(absent)
+            size_bytes += absent.count * page_size
+        return self._request(Priority.NEIGHBOUR, runs, size_bytes) if runs else None
 
     def next_background(self, now: float) -> Fetch | None:
-        """One background request within the window and the bandwidth cap; None: not now, or nothing is left."""
-        if self._background_in_flight_bytes >= self.window.size_bytes or not self.rate.allows(now):
+        """One request for hinted pages, or else for the rest, within the window and the bandwidth cap.
+
+        Returns:
+            None: not now (ask again after an arrival, or in a few milliseconds), or nothing is left.
+        """
+        if not self.pages.total(_ABSENT) or now < self._background_rests_until:
             return None
-        run = self._scan_background()
+        if not self.window.allows(self._background_in_flight_bytes, len(self._waiters) > 0, now):
+            return None
+        if not self.rate.allows(now):
+            return None
+        run, priority = self._next_hint(), Priority.HINT
         if run is None:
-            return None
-        self.pages.apply(run.first, run.count, PageInput.SEND, Priority.BACKGROUND)
-        size_bytes = run.count * self.layout.region_of_page(run.first).page_size_bytes
+            run, priority = self._scan_background(), Priority.BACKGROUND
+        self.pages.apply(*run, _SEND, priority)
+        size_bytes = run.count * self._page_bytes(run.first)
+        fetch = self._request(priority, [run], size_bytes)
         self._background_in_flight_bytes += size_bytes
+        self._background_sent_at[fetch.request_id] = now
+        self.window.sent(now)
         self.rate.spend(size_bytes)
-        return self._request(Priority.BACKGROUND, [run], size_bytes)
+        return fetch
 
     # ---- what is --------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
         """Every page is installed or removed."""
-        return self._settled_pages == self.layout.page_count
+        return self.pages.settled_pages == self.layout.page_count
 
     @property
     def settled_pages(self) -> int:
         """Pages that are installed or removed."""
-        return self._settled_pages
+        return self.pages.settled_pages
 
     @property
     def waiting(self) -> list[Waiter]:
         """The threads that wait, in the order in which they began."""
-        return [waiter for waiter, _ in self._waiter.values()]
+        return self._waiters.all()
 
     @property
     def requests_in_flight(self) -> int:
         return len(self._in_flight)
 
+    @property
+    def background_in_flight_bytes(self) -> int:
+        """Bytes asked for by `next_background` and not answered yet; at most the window and one batch."""
+        return self._background_in_flight_bytes
+
     # ---- within ----------------------------------------------------------------------------------
 
-    def _want(self, page: int, priority: Priority) -> None:
-        before = self.pages.state(page)
-        raised = before is PageState.WANTED and priority < self.pages.priority(page)
-        self.pages.apply(page, 1, PageInput.WANT, priority)
-        if before is PageState.ABSENT or raised:
-            self._queues[priority].append(PageRun(PageIndex(page), 1))
-        elif before is PageState.IN_FLIGHT:
+    def _want(self, key: object, page: int, priority: Priority) -> None:
+        state = self.pages.state(page)
+        self.pages.apply(page, 1, _WANT, priority)
+        if state is _ABSENT or state is _WANTED:
+            self._demand[priority].add(key, page)
+        else:
+            # A request on its way is not overtaken by a second fetch of the same page; its answer is at
+            # most one window away, and the window has just begun to shrink.
             self.stats.faults_on_flight += 1
-            # A background or prefetch request that is on its way is not overtaken by a second fetch of
-            # the same page (at most one in flight); its answer is at most one window away.
 
-    def _want_run(self, run: PageRun, priority: Priority) -> None:
-        for absent in list(self.pages.runs(*run, PageState.ABSENT)):
-            self.pages.apply(*absent, PageInput.WANT, priority)
-            self._queues[priority].append(absent)
-
-    def _prefetch_around(self, page: int) -> None:
+    def _prefetch_around(self, key: object, page: int) -> None:
         region = self.layout.region_of_page(page)
-        run = self.neighbours.fault(page - region.first_page, region.page_count)
-        if run is not None:
-            self._want_run(PageRun(PageIndex(run.first + region.first_page), run.count), Priority.NEIGHBOUR)
+        if region.page_size_bytes * 2 > self.config.batch_bytes_max:
+            return
+        for run in self.neighbours.fault(key, page - region.first_page, region.page_count):
+            self._neighbour_runs.append(PageRun(PageIndex(run.first + region.first_page), run.count))
 
-    def _next_of(self, priorities: tuple[Priority, ...]) -> Fetch | None:
-        """Drains queues into one request. Entries whose pages moved on since are skipped."""
-        room = self.config.demand_pages_max
+    def _runs_of(self, pages: list[int]) -> list[PageRun]:
+        """Pages as runs that do not cross a region border."""
+        if len(pages) == 1:
+            return [PageRun(PageIndex(pages[0]), 1)]
+        pages.sort()
         runs: list[PageRun] = []
-        size_bytes = 0
-        urgent: Priority | None = None
-        for priority in priorities:
-            queue = self._queues[priority]
-            while queue and room:
-                entry = queue.popleft()
-                if entry.count > room:
-                    queue.appendleft(PageRun(PageIndex(entry.first + room), entry.count - room))
-                    entry = PageRun(entry.first, room)
-                for wanted in list(self.pages.runs(*entry, PageState.WANTED)):
-                    self.pages.apply(*wanted, PageInput.SEND, priority)
-                    for region, part in self.layout.split(*wanted):
-                        runs.append(part)
-                        size_bytes += part.count * region.page_size_bytes
-                    room -= wanted.count
-                    urgent = urgent or priority
-        if urgent is None:
-            return None
-        return self._request(urgent, runs, size_bytes)
+        first = before = pages[0]
+        for page in [*pages[1:], -1]:
+            if page != before + 1:
+                runs.extend(part for _, part in self.layout.split(first, before + 1 - first))
+                first = page
+            before = page
+        return runs
 
     def _request(self, priority: Priority, runs: list[PageRun], size_bytes: int) -> Fetch:
         fetch = Fetch(self._next_request_id, priority, tuple(runs), size_bytes)
@@ -404,46 +401,70 @@ class FaultEngine:
 
     def _finish_request(self, request_id: int, now: float) -> None:
         fetch = self._in_flight.pop(request_id, None)
-        if fetch is not None and fetch.priority is Priority.BACKGROUND:
+        if fetch is None:
+            return
+        sent_at = self._background_sent_at.pop(request_id, None)
+        if sent_at is not None:
             self._background_in_flight_bytes -= fetch.size_bytes
-            self.window.arrived(fetch.size_bytes, now)
+            self.window.arrived(fetch.size_bytes, now, now - sent_at)
+        self._lose_unanswered(fetch)
 
-    def _scan_background(self) -> PageRun | None:
-        """The next absent run after the cursor, wrapping round once; never across a region border."""
-        for start, limit in ((self._background_cursor, self.layout.page_count), (0, self._background_cursor)):
-            first = self.pages.next_absent(start, limit, 1)
-            if first is None:
-                continue
-            region = self.layout.region_of_page(first.first)
-            count_max = max(1, self.config.batch_bytes_max // region.page_size_bytes)
-            run = self.pages.next_absent(first.first, min(limit, region.end_page), count_max)
-            assert run is not None
-            self._background_cursor = run.end % self.layout.page_count
-            return run
-        return None
-
-    def _zero(self, run: PageRun) -> list[Install]:
-        """Pages that the source says are zero: awaited ones are installed, the rest stay holes."""
-        awaited = sorted(page for page in self._waiters_of_page if run.first <= page < run.end)
-        installs = [Install(PageRun(PageIndex(page), 1), -1) for page in awaited]
-        first = int(run.first)
-        for page in [*awaited, run.end]:
-            if page > first:
-                self.pages.apply(first, page - first, PageInput.ZERO)
-                self._settled_pages += page - first
-                self.stats.zero_pages += page - first
-            first = page + 1
-        return installs
+    def _lose_unanswered(self, fetch: Fetch) -> None:
+        for run in fetch.runs:
+            for part in self.pages.runs(*run, _IN_FLIGHT):
+                self._lose(part)
 
     def _lose(self, run: PageRun) -> None:
+        """Pages in flight or arrived come to nothing: awaited ones are wanted again, the rest are absent."""
         self.stats.lost_pages += run.count
         first = int(run.first)
-        awaited = sorted(page for page in self._waiters_of_page if run.first <= page < run.end)
-        for page in [*awaited, run.end]:
+        for page in [*self._waiters.awaited(run), run.end]:
             if page > first:
                 self.pages.apply(first, page - first, PageInput.LOSE_IDLE)
-            if page < run.end:
+            waiter = self._waiters.of_page(page) if page < run.end else None
+            if waiter is not None:
                 self.pages.apply(page, 1, PageInput.LOSE)
-                priority = Priority(self.pages.priority(page))
-                self._queues[priority].append(PageRun(PageIndex(page), 1))
+                self._demand[waiter.priority].add(waiter.key, page)
             first = page + 1
+
+    def _zero(self, run: PageRun, installs: list[Install]) -> None:
+        """Pages that the source says are zero: awaited ones are installed, the rest stay holes."""
+        first = int(run.first)
+        for page in [*self._waiters.awaited(run), run.end]:
+            if page > first:
+                self.pages.apply(first, page - first, PageInput.ZERO)
+                self.stats.zero_pages += page - first
+            if page < run.end:
+                self.pages.apply(page, 1, _ARRIVE)
+                installs.append(Install(PageRun(PageIndex(page), 1), -1))
+            first = page + 1
+
+    def _next_hint(self) -> PageRun | None:
+        """The first absent pages of the first hint that has any, at most a batch."""
+        while self._hints:
+            run = self._hints.popleft()
+            absent = self.pages.next_absent(run.first, run.end, self._batch_pages(run.first))
+            if absent is None:
+                continue
+            if absent.end < run.end:
+                self._hints.appendleft(PageRun(PageIndex(absent.end), run.end - absent.end))
+            return absent
+        return None
+
+    def _scan_background(self) -> PageRun:
+        """The next absent run after the cursor, wrapping round; never across a region border. There is one."""
+        pages_max = self.config.batch_bytes_max // SMALLEST_PAGE_BYTES
+        run = self.pages.next_absent(self._background_cursor, self.layout.page_count, pages_max)
+        if run is None:
+            run = self.pages.next_absent(0, self._background_cursor, pages_max)
+        assert run is not None
+        region = self.layout.region_of_page(run.first)
+        count = min(run.count, region.end_page - run.first, self._batch_pages(run.first))
+        self._background_cursor = (run.first + count) % self.layout.page_count
+        return PageRun(run.first, count)
+
+    def _batch_pages(self, page: int) -> int:
+        return max(1, self.config.batch_bytes_max // self._page_bytes(page))
+
+    def _page_bytes(self, page: int) -> int:
+        return self._only_page_bytes or self.layout.region_of_page(page).page_size_bytes

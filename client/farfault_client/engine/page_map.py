@@ -7,17 +7,18 @@ is made from the transition table. A 1 TiB guest of 4 KiB pages costs 256 MiB.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
+from typing import Final
 
 from farfault_shim.layout import PageIndex, PageRun
 
 from farfault_client.engine.states import (
     ABSENT_BYTE,
-    IN_FLIGHT_BASE,
+    CARRY_PRIORITY,
     INSTALLED_BYTE,
-    REMOVED_BYTE,
+    PRIORITY_MASK,
     STATE_OF_BYTE,
+    STATE_SHIFT,
     TRANSITIONS,
     PageInput,
     PageState,
@@ -26,11 +27,12 @@ from farfault_client.engine.states import (
     next_byte,
 )
 
-_UNDEFINED = 0xFF
-_SINGLE_PAGE = 1
+SLICE_PAGES: Final = 1 << 20
+"""A longer run is changed in slices of this many pages, so that a change needs little memory."""
+_UNDEFINED: Final = 0xFF
+_INSTALLED, _REMOVED = int(PageState.INSTALLED), int(PageState.REMOVED)
 
 
-@cache
 def _translation(page_input: PageInput, priority: int) -> bytes:
     table = bytearray([_UNDEFINED]) * 256
     for byte, state in STATE_OF_BYTE.items():
@@ -39,8 +41,14 @@ def _translation(page_input: PageInput, priority: int) -> bytes:
     return bytes(table)
 
 
+_TRANSLATIONS: Final = tuple(
+    tuple(_translation(page_input, priority) for priority in (0, *Priority)) for page_input in PageInput
+)
+"""By input, then by priority."""
+
+
 @cache
-def _run_pattern(states: frozenset[PageState]) -> re.Pattern[bytes]:
+def _run_pattern(states: tuple[PageState, ...]) -> re.Pattern[bytes]:
     members = bytes(byte for byte, state in STATE_OF_BYTE.items() if state in states)
     return re.compile(b"[" + re.escape(members) + b"]+")
 
@@ -54,15 +62,16 @@ class PageMap:
 
     def __init__(self, page_count: int) -> None:
         self._bytes = bytearray(page_count)
+        self._totals = [0] * len(PageState)
+        self._totals[PageState.ABSENT] = page_count
         self.page_count = page_count
 
     def state(self, page: int) -> PageState:
         return STATE_OF_BYTE[self._bytes[page]]
 
     def priority(self, page: int) -> int:
-        """Priority of a wanted or in-flight page; 0 for others."""
-        byte = self._bytes[page]
-        return byte & 0x0F if byte < INSTALLED_BYTE else 0
+        """Priority of a wanted, in-flight or arrived page; 0 for others."""
+        return self._bytes[page] & PRIORITY_MASK
 
     def is_present(self, page: int) -> bool:
         """Installed in guest memory."""
@@ -72,48 +81,105 @@ class PageMap:
         """Installed or removed: never fetched again."""
         return self._bytes[page] >= INSTALLED_BYTE
 
-    def apply(self, first: int, count: int, page_input: PageInput, priority: int = 0) -> None:
+    def total(self, state: PageState) -> int:
+        """Pages in a state now; kept, not counted."""
+        return self._totals[state]
+
+    @property
+    def settled_pages(self) -> int:
+        """Pages that are installed or removed."""
+        return self._totals[_INSTALLED] + self._totals[_REMOVED]
+
+    def apply(self, first: int, count: int, page_input: PageInput, priority: int = 0) -> int:
         """Gives every page of a run the same input.
+
+        Returns:
+            How many more pages are settled now.
 
         Raises:
             UndefinedTransitionError: for the first page whose state the table does not name; no page has changed.
         """
-        if count == _SINGLE_PAGE:
-            self._bytes[first] = next_byte(self._bytes[first], page_input, priority, page=first)
-            return
-        before = self._bytes[first : first + count]
-        after = before.translate(_translation(page_input, priority))
-        bad = after.find(_UNDEFINED)
-        if bad >= 0:
-            raise UndefinedTransitionError(STATE_OF_BYTE[before[bad]], page_input, first + bad)
-        self._bytes[first : first + count] = after
+        table = _TRANSLATIONS[page_input][priority]
+        if count == 1:
+            before = self._bytes[first]
+            after = table[before]
+            if after == _UNDEFINED:
+                raise UndefinedTransitionError(STATE_OF_BYTE[before], page_input, first)
+            self._bytes[first] = after
+            self._totals[before >> STATE_SHIFT] -= 1
+            self._totals[after >> STATE_SHIFT] += 1
+            return (after >= INSTALLED_BYTE) - (before >= INSTALLED_BYTE)
+        settled_before = self.settled_pages
+        if count <= SLICE_PAGES:
+            self._apply_slice(first, count, page_input, table)
+            return self.settled_pages - settled_before
+        slices = [
+            (start, min(SLICE_PAGES, first + count - start)) for start in range(first, first + count, SLICE_PAGES)
+        ]
+        for start, length in slices:
+            _check_defined(self._bytes[start : start + length], start, page_input, table)
+        for start, length in slices:
+            self._apply_slice(start, length, page_input, table)
+        return self.settled_pages - settled_before
 
-    def runs(self, first: int, count: int, *states: PageState) -> Iterator[PageRun]:
+    def _apply_slice(self, first: int, count: int, page_input: PageInput, table: bytes) -> None:
+        before = self._bytes[first : first + count]
+        after = _check_defined(before, first, page_input, table)
+        self._bytes[first : first + count] = after
+        totals = self._totals
+        if before.count(before[0]) == count:
+            totals[before[0] >> STATE_SHIFT] -= count
+            totals[after[0] >> STATE_SHIFT] += count
+            return
+        for byte in STATE_OF_BYTE:
+            if found := before.count(byte):
+                totals[byte >> STATE_SHIFT] -= found
+                totals[table[byte] >> STATE_SHIFT] += found
+
+    def runs(self, first: int, count: int, *states: PageState) -> list[PageRun]:
         """The runs of pages within ``[first, first + count)`` that are in one of the states, in order."""
-        pattern = _run_pattern(frozenset(states))
+        if count == 1:
+            return [PageRun(PageIndex(first), 1)] if self._bytes[first] >> STATE_SHIFT in states else []
+        search, found = _run_pattern(states).search, []
         position, end = first, first + count
-        while match := pattern.search(self._bytes, position, end):
-            yield PageRun(PageIndex(match.start()), match.end() - match.start())
-            position = match.end()
+        while match := search(self._bytes, position, end):
+            start, position = match.span()
+            found.append(PageRun(PageIndex(start), position - start))
+        return found
 
     def next_absent(self, start: int, limit: int, count_max: int) -> PageRun | None:
         """The first run of ABSENT pages in ``[start, limit)``, at most `count_max` long; None: there is none."""
         first = self._bytes.find(ABSENT_BYTE, start, limit)
         if first < 0:
             return None
-        match = _run_pattern(frozenset({PageState.ABSENT})).match(self._bytes, first, min(first + count_max, limit))
+        match = _ABSENT_RUN.match(self._bytes, first, min(first + count_max, limit))
         assert match is not None
         return PageRun(PageIndex(first), match.end() - first)
 
     def counts(self, first: int = 0, end: int | None = None) -> dict[PageState, int]:
-        """Pages by state within ``[first, end)``, by default all; a scan in C."""
+        """Pages by state: of all memory at once, of ``[first, end)`` by a scan in C."""
         end = self.page_count if end is None else end
+        if (first, end) == (0, self.page_count):
+            return {state: self._totals[state] for state in PageState}
         counts = dict.fromkeys(PageState, 0)
-        counts[PageState.ABSENT] = self._bytes.count(ABSENT_BYTE, first, end)
-        counts[PageState.INSTALLED] = self._bytes.count(INSTALLED_BYTE, first, end)
-        counts[PageState.REMOVED] = self._bytes.count(REMOVED_BYTE, first, end)
-        moving = end - first - sum(counts.values())
-        if moving:
-            in_flight = sum(self._bytes.count(IN_FLIGHT_BASE | priority, first, end) for priority in Priority)
-            counts[PageState.IN_FLIGHT], counts[PageState.WANTED] = in_flight, moving - in_flight
+        missing = end - first
+        for state in (PageState.ABSENT, PageState.INSTALLED, PageState.REMOVED):
+            counts[state] = self._bytes.count(state << STATE_SHIFT, first, end)
+            missing -= counts[state]
+        if missing:
+            for byte, state in STATE_OF_BYTE.items():
+                if state in CARRY_PRIORITY:
+                    counts[state] += self._bytes.count(byte, first, end)
         return counts
+
+
+_ABSENT_RUN: Final = _run_pattern((PageState.ABSENT,))
+
+
+def _check_defined(before: bytearray, first: int, page_input: PageInput, table: bytes) -> bytearray:
+    """The run after the input."""
+    after = before.translate(table)
+    bad = after.find(_UNDEFINED)
+    if bad >= 0:
+        raise UndefinedTransitionError(STATE_OF_BYTE[before[bad]], page_input, first + bad)
+    return after

@@ -2,17 +2,19 @@
 
 ::
 
-    ABSENT ──WANT──▶ WANTED ──SEND──▶ IN_FLIGHT ──INSTALL──▶ INSTALLED
-      │                 ▲                 │  └────ZERO─────▶ REMOVED
-      └──────SEND───────┼────────▶        │
-                        └──────LOSE───────┘   (back to ABSENT where nobody waits)
+    ABSENT ──WANT──▶ WANTED ──SEND──▶ IN_FLIGHT ──ARRIVE──▶ ARRIVED ──INSTALL──▶ INSTALLED
+      │                 ▲                │ │ └──ZERO──▶ REMOVED   │
+      └──────SEND───────┼────────────────┘ │                      │
+                        └──────LOSE────────┴──────────LOSE────────┘   (LOSE_IDLE: back to ABSENT)
 
-A pair that the table does not name is an error in the program, never ignored.
+INSTALL and REMOVE may happen to a page in any state: somebody else may have installed it, and the guest may
+give it back. A pair that the table does not name is an error in the program, never ignored.
 """
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum
+from enum import IntEnum
+from typing import Final
 
 
 class Priority(IntEnum):
@@ -25,38 +27,43 @@ class Priority(IntEnum):
     BACKGROUND = 5
 
 
-class PageState(Enum):
-    """Where one page is in its life."""
+class PageState(IntEnum):
+    """Where one page is in its life; the value is the high half of its byte."""
 
-    ABSENT = "absent"
-    WANTED = "wanted"
-    IN_FLIGHT = "in flight"
-    INSTALLED = "installed"
-    REMOVED = "removed"
+    ABSENT = 0
+    WANTED = 1
+    """A thread waits for it, and no request names it yet."""
+    IN_FLIGHT = 2
+    ARRIVED = 3
+    """Its bytes are here; the driver was told to install them. Whatever else brings it is clipped."""
+    INSTALLED = 4
+    REMOVED = 5
     """Reads as zero from now on and is never fetched: the guest gave it back, or the source said zero."""
 
 
-class PageInput(Enum):
+class PageInput(IntEnum):
     """What can happen to a page."""
 
-    WANT = "want"
-    """Somebody needs it (a fault, a neighbour, a hint)."""
-    SEND = "send"
+    WANT = 0
+    """A thread needs it."""
+    SEND = 1
     """A request that names it was sent."""
-    INSTALL = "install"
+    ARRIVE = 2
+    """A verified answer brought its bytes, or the word that it is zero while a thread waits for it."""
+    INSTALL = 3
     """It is present in guest memory, by us or by somebody else (EEXIST)."""
-    ZERO = "zero"
+    ZERO = 4
     """The source says that it is zero and nobody waits for it: left as a hole."""
-    LOSE = "lose"
-    """The request was lost, or its answer was refused; somebody waits for the page."""
-    LOSE_IDLE = "lose, idle"
+    LOSE = 5
+    """Its request was lost or refused, or it could not be installed; somebody waits for the page."""
+    LOSE_IDLE = 6
     """The same, and nobody waits for it."""
-    REMOVE = "remove"
+    REMOVE = 7
     """The guest gave it back (balloon, discard)."""
 
 
 _S, _I = PageState, PageInput
-TRANSITIONS: dict[tuple[PageState, PageInput], PageState] = {
+TRANSITIONS: Final[dict[tuple[PageState, PageInput], PageState]] = {
     (_S.ABSENT, _I.WANT): _S.WANTED,
     (_S.ABSENT, _I.SEND): _S.IN_FLIGHT,
     (_S.ABSENT, _I.INSTALL): _S.INSTALLED,
@@ -66,11 +73,17 @@ TRANSITIONS: dict[tuple[PageState, PageInput], PageState] = {
     (_S.WANTED, _I.INSTALL): _S.INSTALLED,
     (_S.WANTED, _I.REMOVE): _S.REMOVED,
     (_S.IN_FLIGHT, _I.WANT): _S.IN_FLIGHT,
+    (_S.IN_FLIGHT, _I.ARRIVE): _S.ARRIVED,
     (_S.IN_FLIGHT, _I.INSTALL): _S.INSTALLED,
     (_S.IN_FLIGHT, _I.ZERO): _S.REMOVED,
     (_S.IN_FLIGHT, _I.LOSE): _S.WANTED,
     (_S.IN_FLIGHT, _I.LOSE_IDLE): _S.ABSENT,
     (_S.IN_FLIGHT, _I.REMOVE): _S.REMOVED,
+    (_S.ARRIVED, _I.WANT): _S.ARRIVED,
+    (_S.ARRIVED, _I.INSTALL): _S.INSTALLED,
+    (_S.ARRIVED, _I.LOSE): _S.WANTED,
+    (_S.ARRIVED, _I.LOSE_IDLE): _S.ABSENT,
+    (_S.ARRIVED, _I.REMOVE): _S.REMOVED,
     (_S.INSTALLED, _I.WANT): _S.INSTALLED,
     (_S.INSTALLED, _I.INSTALL): _S.INSTALLED,
     (_S.INSTALLED, _I.REMOVE): _S.REMOVED,
@@ -79,47 +92,35 @@ TRANSITIONS: dict[tuple[PageState, PageInput], PageState] = {
     (_S.REMOVED, _I.REMOVE): _S.REMOVED,
 }
 
+CARRY_PRIORITY: Final = frozenset({_S.WANTED, _S.IN_FLIGHT, _S.ARRIVED})
+"""States whose byte has a priority in its low half; the others are one byte value each."""
+PRIORITY_MASK: Final = 0x0F
+STATE_SHIFT: Final = 4
+
 
 class UndefinedTransitionError(AssertionError):
     """A pair of state and input that the table does not name: a bug, not a condition."""
 
     def __init__(self, state: PageState, page_input: PageInput, page: int) -> None:
-        super().__init__(f"page {page}: {page_input.value!r} while {state.value!r}")
+        super().__init__(f"page {page}: {page_input.name} while {state.name}")
         self.state = state
         self.page_input = page_input
         self.page = page
 
 
-# One byte a page. Absent, installed and removed pages are one value each, so that a scan is one
-# search for a byte; wanted and in-flight pages carry their priority.
-ABSENT_BYTE = 0
-WANTED_BASE = 0x10
-IN_FLIGHT_BASE = 0x20
-INSTALLED_BYTE = 0x40
-REMOVED_BYTE = 0x41
-
-
 def encode(state: PageState, priority: int = 0) -> int:
-    """The byte for a state, and for wanted and in-flight pages its priority (1..5)."""
-    match state:
-        case PageState.ABSENT:
-            return ABSENT_BYTE
-        case PageState.WANTED:
-            return WANTED_BASE | priority
-        case PageState.IN_FLIGHT:
-            return IN_FLIGHT_BASE | priority
-        case PageState.INSTALLED:
-            return INSTALLED_BYTE
-        case PageState.REMOVED:
-            return REMOVED_BYTE
+    """The byte for a state, and for those that carry one its priority (1..5)."""
+    return state << STATE_SHIFT | (priority if state in CARRY_PRIORITY else 0)
 
 
-STATE_OF_BYTE: dict[int, PageState] = {
-    ABSENT_BYTE: PageState.ABSENT,
-    INSTALLED_BYTE: PageState.INSTALLED,
-    REMOVED_BYTE: PageState.REMOVED,
-    **{WANTED_BASE | priority: PageState.WANTED for priority in Priority},
-    **{IN_FLIGHT_BASE | priority: PageState.IN_FLIGHT for priority in Priority},
+ABSENT_BYTE: Final = encode(PageState.ABSENT)
+INSTALLED_BYTE: Final = encode(PageState.INSTALLED)
+REMOVED_BYTE: Final = encode(PageState.REMOVED)
+
+STATE_OF_BYTE: Final[dict[int, PageState]] = {
+    encode(state, priority): state
+    for state in PageState
+    for priority in (Priority if state in CARRY_PRIORITY else (0,))
 }
 
 
@@ -139,7 +140,5 @@ def next_byte(byte: int, page_input: PageInput, priority: int = 0, *, page: int 
     target = TRANSITIONS.get((state, page_input))
     if target is None:
         raise UndefinedTransitionError(state, page_input, page)
-    if target in (PageState.WANTED, PageState.IN_FLIGHT):
-        own = byte & 0x0F
-        return encode(target, min(own or priority, priority or own))
-    return encode(target)
+    own = byte & PRIORITY_MASK
+    return encode(target, min(own or priority, priority or own))

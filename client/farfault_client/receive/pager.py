@@ -33,6 +33,7 @@ from farfault_shim.install.installer import (
     DrainEvents,
     FileInstaller,
     Installer,
+    InstallError,
     InstallResult,
     UffdInstaller,
 )
@@ -278,7 +279,7 @@ class Pager:
         for run in self._installer.pages_of_range(start, end):
             self._on_removed(run)
             for page in self.engine.removed(run):
-                self._install(Install(PageRun(page, 1), -1), b"")
+                self._install_zero(page)
 
     def _fault(
         self, key: VcpuKey | PageKey, pages: list[PageIndex], priority: Priority, since: float | None = None
@@ -292,7 +293,7 @@ class Pager:
             self._restart(Waiter(key, priority, since, tuple(pages)))
             return
         for page in answer.zero_pages:
-            self._install(Install(PageRun(page, 1), -1), b"")
+            self._install_zero(page)
         self.session.pump(Lane.DEMAND)
 
     # ---- the session's side ----------------------------------------------------------------------
@@ -348,33 +349,52 @@ class Pager:
 
     # ---- into memory -----------------------------------------------------------------------------
 
-    def _install(self, install: Install, data: bytes | MappedBytes, base: int = 0) -> None:
-        """Puts pages into memory; their bytes begin at `base` + ``install.data_offset`` of `data`."""
-        assert self._installer is not None
-        run, zero = install.run, install.data_offset < 0
-        for _ in range(DRAIN_ATTEMPTS_MAX):
-            try:
-                if zero:
-                    result = self._installer.install_zero(run)
-                else:
-                    result = self._installer.install(run, data, base + install.data_offset)
-            except DrainEvents as drain:
-                result = drain.partial
-                self._read_events()
-            self._installed(result, zero=zero)
-            settled = sum(part.count for part in (*result.installed, *result.existed))
-            if settled == run.count:
-                return
-            page_size = self.layout.region_of_page(run.first).page_size_bytes
-            run = PageRun(PageIndex(run.first + settled), run.count - settled)
-            install = Install(run, -1 if zero else install.data_offset + settled * page_size)
-        raise RuntimeError(f"page {run.first}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
+    def _install(self, order: Install, data: bytes | MappedBytes, base: int = 0) -> None:
+        """Puts pages into memory that the engine ordered; their bytes begin `base` + ``order.data_offset`` into `data`.
 
-    def _installed(self, result: InstallResult, *, zero: bool) -> None:
+        Events may have to be read in between; what they remove is left out of the rest.
+        """
+        run, idle = order.run, 0
+        page_size = self.layout.region_of_page(run.first).page_size_bytes
+        while parts := self.engine.to_install(run):
+            part = parts[0]
+            offset = order.data_offset + (part.first - order.run.first) * page_size
+            done = self._try_install(part, data, -1 if order.data_offset < 0 else base + offset)
+            idle = 0 if done else idle + 1
+            if idle > DRAIN_ATTEMPTS_MAX:
+                raise RuntimeError(f"page {part.first}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
+            run = PageRun(PageIndex(part.first + done), run.end - part.first - done)
+
+    def _install_zero(self, page: PageIndex) -> None:
+        """A thread waits for a page that was removed: it finds zeros."""
+        for _ in range(DRAIN_ATTEMPTS_MAX):
+            if self._try_install(PageRun(page, 1), b"", -1):
+                return
+        raise RuntimeError(f"page {page}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
+
+    def _try_install(self, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> int:
+        """Installs a run as far as it goes at once; zero pages where `data_offset` is negative. Returns pages done."""
+        assert self._installer is not None
+        zero = data_offset < 0
+        try:
+            result = self._installer.install_zero(run) if zero else self._installer.install(run, data, data_offset)
+        except DrainEvents as drain:
+            # What is in place came before the events, so it is told before them.
+            done = self._installed(drain.partial, zero=zero)
+            self._read_events()
+            return done
+        except InstallError as error:
+            self._installed(error.partial, zero=zero)
+            self.engine.not_installed(run)
+            raise
+        return self._installed(result, zero=zero)
+
+    def _installed(self, result: InstallResult, *, zero: bool) -> int:
         for run in result.installed:
             self._wake_all(self.engine.installed(run, zero=zero))
         for run in result.existed:
             self._wake_all(self.engine.installed(run, existed=True))
+        return sum(run.count for run in (*result.installed, *result.existed))
 
     def _wake_all(self, waiters: list[Waiter]) -> None:
         for waiter in waiters:
