@@ -66,8 +66,9 @@ def test_between_two_hosts_with_mutual_tls(two_hosts: tuple[str, str], make_scen
     scene = make_scene(config)
     tls = scene.folder / "tls"
     subprocess.run(farfault_argv("certs", str(tls), "--host", SOURCE_ADDRESS), check=True)
-    flags = ("--tls", str(tls))
-    scene.config = replace(config, serve_flags=flags, receive_flags=flags)
+    scene.config = replace(
+        config, serve_flags=("--tls", str(tls / "server")), receive_flags=("--tls", str(tls / "client"))
+    )
     scene.start_all()
     finish(scene)
 
