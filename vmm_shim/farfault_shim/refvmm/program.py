@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S: Final = 0.05
 """Between two looks at the VM: has it failed, has it done its passes?"""
+WAKES_MAX: Final = 4096
+"""Bytes taken off the wake pipe at a time: one a signal, and each kick of a vCPU is one."""
 SWITCH_INTERVAL_S: Final = 0.0005
 """Python threads take turns this often while the guest itself is Python."""
 
@@ -197,15 +199,29 @@ def _attachment(options: Options, memory: GuestMemory, simulated: SimulatedVm | 
 
 
 class _Wake:
-    """Ends the wait of `_serve`; from a signal handler, too."""
+    """Ends the wait of `_serve`; a signal does too, whichever thread the kernel gave it to.
+
+    Python runs its handlers on the main thread only, and a main thread that sleeps in poll(2) does not learn of a
+    signal that another thread took: therefore `signal.set_wakeup_fd`.
+    """
 
     def __init__(self) -> None:
-        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.descriptor, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.is_set = False
 
     def set(self) -> None:
         self.is_set = True
-        os.eventfd_write(self.descriptor, 1)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.writer, b"\0")
+
+    def drain(self) -> None:
+        """Forgets the wakes so far; `is_set` stays."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.descriptor, WAKES_MAX)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        os.close(self.writer)
 
 
 @contextlib.contextmanager
@@ -215,13 +231,15 @@ def _wake_on_signals() -> Iterator[_Wake]:
     def handle(number: int, frame: FrameType | None) -> None:
         wake.set()
 
+    wakeup_before = signal.set_wakeup_fd(wake.writer, warn_on_full_buffer=False)
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield wake
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(wake.descriptor)
+        signal.set_wakeup_fd(wakeup_before)
+        wake.close()
 
 
 def _serve(vm: ReferenceVm, server: QmpServer | None, commands: QmpCommands, wake: _Wake, passes: int | None) -> None:
@@ -233,6 +251,7 @@ def _serve(vm: ReferenceVm, server: QmpServer | None, commands: QmpCommands, wak
             select.select([wake.descriptor], [], [], WATCH_INTERVAL_S)
         elif server.wait(wake.descriptor, WATCH_INTERVAL_S if passes else None):
             server.serve_once(commands.run, commands.passed)
+        wake.drain()
         if passes and not vm.failure and _passes_done(vm) >= passes:
             return
 
