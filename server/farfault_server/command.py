@@ -11,7 +11,7 @@ import signal
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from farfault_cli.errors import UsageError
@@ -46,6 +46,11 @@ class ServeOptions:
     port_file: Path | None
     express_port: int
     has_express: bool
+    background_port: int
+    has_background_process: bool
+    metrics: str | None
+    log_level: str
+    json_logs: bool
     tls: Path | None
     is_insecure: bool
     admission_token_file: Path | None
@@ -80,6 +85,13 @@ class Size(click.ParamType["int"]):
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, metavar="HOST:PORT", help="Port 0: any.")
 @click.option("--express-port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any.")
 @click.option("--express/--no-express", "has_express", default=True, help="Answer urgent pages without gRPC, too.")
+@click.option("--background-port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any.")
+@click.option(
+    "--background-process/--no-background-process",
+    "has_background_process",
+    default=True,
+    help="Serve bulk from a process of its own.",
+)
 @click.option("--tls", type=click.Path(path_type=Path), help="Directory with cert.pem, key.pem and ca.pem.")
 @click.option("--insecure", is_flag=True, help="Allow other hosts to connect without TLS.")
 @click.option("--port-file", type=click.Path(path_type=Path), help="Write the bound port here when ready.")
@@ -90,9 +102,10 @@ class Size(click.ParamType["int"]):
     help="Only clients that show the token in this file may open a lease.",
 )
 @click.option("--leases-max", type=click.IntRange(1, 1024), default=64, show_default=True, help="Leases at a time.")
+@click.option("--metrics", metavar="HOST:PORT", help="Answer Prometheus here.")
 @click.option("--log-level", default="info", show_default=True, help="debug, info, warning, error.")
 @click.option("--json-logs", is_flag=True, help="One JSON object a line.")
-def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **options: object) -> None:
+def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **options: Any) -> None:
     """Serve the memory of a VM, page by page.
 
     The memory is a RAM file that the VMM maps shared, the memory of a running VMM, a snapshot, or made up from a
@@ -113,7 +126,8 @@ def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **op
     configure_logging(level=log_level, as_json=json_logs)
     import uvloop
 
-    uvloop.run(run(ServeOptions(is_frozen=frozen, is_insecure=insecure, **options)))  # type: ignore[arg-type]
+    named = ServeOptions(is_frozen=frozen, is_insecure=insecure, log_level=log_level, json_logs=json_logs, **options)
+    uvloop.run(run(named))
 
 
 async def run(options: ServeOptions) -> None:
@@ -133,7 +147,10 @@ async def run(options: ServeOptions) -> None:
         host=host,
         port=port,
         express_port=options.express_port if options.has_express else None,
+        background_port=options.background_port if options.has_background_process else None,
         tls=options.tls,
+        log_level=options.log_level,
+        json_logs=options.json_logs,
         leases_max=options.leases_max,
         admission_token=read_token_file(token_file) if token_file is not None else None,
         abandon=options.abandon,
@@ -145,6 +162,8 @@ async def run(options: ServeOptions) -> None:
         for region in server.regions:
             logger.info("serving %s (%s), %d MiB", region.name, region.backing, region.size_bytes >> 20)
         logger.info("listening on %s:%d", host, server.port)
+        if options.metrics is not None:
+            start_metrics(server, options.metrics)
         if options.port_file is not None:
             write_port(options.port_file, server.port)
         await wait_for_end(server)
@@ -161,6 +180,18 @@ def parse_address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{text!r} is not an address", "give HOST:PORT, for example 0.0.0.0:7777 or [::1]:7777")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def start_metrics(server: PageServer, address: str) -> None:
+    """Opens the metrics port.
+
+    Raises:
+        UsageError: the address is none, or cannot be had.
+    """
+    from farfault_server.metrics import serve_metrics
+
+    host, port = parse_address(address)
+    logger.info("metrics on http://%s:%d/metrics", host, serve_metrics(server, host, port))
 
 
 def check_exposure(host: str, options: ServeOptions) -> None:
@@ -256,5 +287,5 @@ def log_state(server: PageServer) -> None:
             server.streams.count(lease.lease_id),
             server.keeper.idle_s(lease.lease_id),
         )
-    for name in ("demand", "background", "express"):
-        logger.info("state: %s %s", name, getattr(server.stats, name).to_json())
+    for lane, stats in server.lane_stats().items():
+        logger.info("state: %s %s", lane, stats.to_json())

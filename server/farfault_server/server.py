@@ -17,12 +17,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from farfault_server.background import BackgroundProcess
 from farfault_server.express import ExpressListener
-from farfault_server.lanes.limits import REQUEST_BYTES_MAX, LaneLimits
+from farfault_server.lanes.limits import LaneLimits
+from farfault_server.lanes.stats import LaneStats
 from farfault_server.lanes.streams import Streams
 from farfault_server.leases.book import LeaseBook
 from farfault_server.leases.keeper import LeaseKeeper
 from farfault_server.leases.store import MemoryStore, Store
+from farfault_server.listening import CHANNEL_OPTIONS, listen
 from farfault_server.memory import PageRegion, ServedMemory
 from farfault_server.rpc.page_service import LEASES_MAX, PageService, ServerStats
 from farfault_server.rpc.source_service import SourceService
@@ -36,20 +39,6 @@ TLS_REFRESH_S: Final = 5.0
 """How often the express lane looks whether its certificate was renewed."""
 WATCH_INTERVAL_S: Final = 1.0
 """How often the VM, which should stand still, is looked at."""
-MESSAGE_BYTES_MAX: Final = 8 << 20
-"""Of an answer; a request is bound by `REQUEST_BYTES_MAX`."""
-
-CHANNEL_OPTIONS: Final[Sequence[tuple[str, int]]] = (
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server on it
-    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_concurrent_streams", 256),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_ping_strikes", 0),  # clients ping to notice a loss early
-)
-
 SERVICES: Final = ("farfault.v1.PageService", "farfault.v1.SourceService")
 
 
@@ -62,17 +51,22 @@ class ServerConfig:
         port: of the gRPC port; 0: any.
         leases_max: of both kinds.
         express_port: of the express lane; 0: any; None: no express lane.
+        background_port: of the background process; 0: any; None: no such process.
         tls: directory of the TLS files; None: plain.
         admission_token: what Open needs; None: nothing.
+        log_level, json_logs: how the background process logs.
         abandon: takes a suspended VM back from its destination at the start.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     express_port: int | None = 0
+    background_port: int | None = 0
     tls: Path | None = None
     leases_max: int = LEASES_MAX
     admission_token: str | None = None
+    log_level: str = "info"
+    json_logs: bool = False
     abandon: bool = False
 
 
@@ -100,6 +94,7 @@ class PageServer:
     _health: health_aio.HealthServicer = field(init=False)
     _limits: LaneLimits = field(init=False)
     _tls: ServerTls | None = field(init=False)
+    background: BackgroundProcess | None = None
     _express: ExpressListener | None = None
     _chores: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -119,8 +114,9 @@ class PageServer:
         self._limits = LaneLimits.for_regions(self.regions)
         self._tls = ServerTls(self.config.tls) if self.config.tls is not None else None
         self._server = self._make_server()
-        self.port = self._listen()
+        self.port = listen(self._server, self.config.host, self.config.port, self._tls)
         await self._start_express()
+        await self._start_background()
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -135,6 +131,20 @@ class PageServer:
         await self._express.start(self.config.host, self.config.express_port, context)
         if self._tls is not None:
             self._chores.append(asyncio.create_task(self._refresh_tls(self._tls), name="refresh TLS"))
+
+    async def _start_background(self) -> None:
+        if self.config.background_port is None:
+            return
+        self.background = BackgroundProcess(
+            self.keeper,
+            self.config.host,
+            self.config.background_port,
+            self.config.tls,
+            log_level=self.config.log_level,
+            json_logs=self.config.json_logs,
+        )
+        self.keeper.publish = self.background.publish
+        await self.background.start()
 
     async def _refresh_tls(self, tls: ServerTls) -> None:
         while True:
@@ -176,26 +186,21 @@ class PageServer:
         reflection.enable_server_reflection(names, server)
         return server
 
-    def _listen(self) -> int:
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        address = f"{host}:{self.config.port}"
-        try:
-            if self._tls is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, self._tls.grpc_credentials())
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise UsageError(
-                f"cannot listen on {address}", "another program uses the port, or the address is not of this host"
-            )
-        return port
+    def lane_stats(self) -> dict[str, LaneStats]:
+        """The counters of all processes of the server, by lane."""
+        background = LaneStats()
+        background.add_json(self.stats.background.to_json())
+        if self.background is not None:
+            background.add_json(self.background.stats.to_json())
+        return {"demand": self.stats.demand, "background": background, "express": self.stats.express}
 
     def _lanes(self) -> list[pb.LaneAddress]:
-        if self._express is None:
-            return []
-        return [pb.LaneAddress(kind=pb.LANE_KIND_EXPRESS, port=self._express.port)]
+        lanes = []
+        if self._express is not None:
+            lanes.append(pb.LaneAddress(kind=pb.LANE_KIND_EXPRESS, port=self._express.port))
+        if self.background is not None and self.background.is_up:
+            lanes.append(pb.LaneAddress(kind=pb.LANE_KIND_BACKGROUND, port=self.background.port))
+        return lanes
 
     async def _watch_vm(self) -> None:
         while True:
@@ -212,6 +217,8 @@ class PageServer:
         await self._server.stop(drain_s)
         if self._express is not None:
             await self._express.stop()
+        if self.background is not None:
+            await self.background.stop()
         if self.vmm is not None:
             await self.vmm.close()
         for region in self.regions:

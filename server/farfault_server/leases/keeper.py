@@ -37,7 +37,8 @@ class LeaseKeeper:
         self._store = store
         self._lock = asyncio.Lock()
         self._seen_s: dict[str, float] = {}
-        self._follow(book)
+        memory.readable = book.is_stopped
+        memory.generation = book.generation
 
     def save_now(self) -> None:
         """Saves the record as it is; for the start of the server.
@@ -85,23 +86,24 @@ class LeaseKeeper:
                     f"the page server cannot save its lease record: {error.strerror}",
                     "make room in, or repair, the file system of its --state directory",
                 ) from error
-            ended = self.book.leases.keys() - book.leases.keys()
-            self.book = book
-            self._follow(book)
-            for lease_id in ended:
-                self._seen_s.pop(lease_id, None)
-                self.lease_ended(lease_id)
+            self.adopt(book, readable=book.is_stopped)
             await self.publish()
             return result
+
+    def adopt(self, book: LeaseBook, *, readable: bool) -> None:
+        """Takes a record that is durable already; `change` does so, and so does another process of the server."""
+        ended = self.book.leases.keys() - book.leases.keys()
+        self.book = book
+        self.memory.readable = readable
+        self.memory.generation = book.generation
+        for lease_id in ended:
+            self._seen_s.pop(lease_id, None)
+            self.lease_ended(lease_id)
 
     async def mark_stopped(self) -> None:
         """The VM that is being suspended has stopped: its memory may be read from now on."""
         self.memory.readable = True
         await self.publish()
-
-    def _follow(self, book: LeaseBook) -> None:
-        self.memory.readable = book.is_stopped
-        self.memory.generation = book.generation
 
 
 async def _nobody() -> None:

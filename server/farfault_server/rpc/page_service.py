@@ -86,6 +86,12 @@ class PageService:
             },
         )
 
+    def background_handler(self) -> grpc.GenericRpcHandler:
+        """The same for a server of Background alone."""
+        return grpc.method_handlers_generic_handler(
+            "farfault.v1.PageService", {"Background": grpc.stream_stream_rpc_method_handler(self.background)}
+        )
+
     # ---- leases ----------------------------------------------------------------------------------
 
     @with_refusals

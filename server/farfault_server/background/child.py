@@ -1,0 +1,114 @@
+"""The child process: ``python -m farfault_server.background.child DESCRIPTOR``. Started by `BackgroundProcess` only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import uvloop
+from farfault_cli.errors import FarfaultError
+from farfault_cli.logs import configure_logging
+from farfault_cli.tls import ServerTls
+
+from farfault_server.background.wire import LINE_BYTES_MAX, REPORT_INTERVAL_S, Message, pack, regions_from_json
+from farfault_server.lanes.limits import LaneLimits
+from farfault_server.lanes.streams import Streams
+from farfault_server.leases.keeper import LeaseKeeper
+from farfault_server.leases.store import MemoryStore, book_from_json
+from farfault_server.listening import CHANNEL_OPTIONS, listen
+from farfault_server.memory import ServedMemory
+from farfault_server.rpc.page_service import PageService, ServerStats
+from farfault_server.source_vm import VmOwner
+
+logger = logging.getLogger(__name__)
+
+
+class Child:
+    """Serves Background under the parent's record.
+
+    Args:
+        first: the parent's first message: regions, address, record.
+        writer: to the parent.
+    """
+
+    def __init__(self, first: Message, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        regions = regions_from_json(first["regions"])
+        self._streams = Streams()
+        self._stats = ServerStats()
+        memory = ServedMemory(regions)
+        self._keeper = LeaseKeeper(book_from_json(first["book"]), MemoryStore(), memory)
+        self._keeper.lease_ended = self._streams.end_lease
+        memory.readable = first["readable"]
+        pages = PageService(
+            self._keeper,
+            VmOwner(None, self._keeper),
+            LaneLimits.for_regions(regions),
+            self._streams,
+            self._stats,
+        )
+        self._server = grpc.aio.server(options=list(CHANNEL_OPTIONS))
+        self._server.add_generic_rpc_handlers((pages.background_handler(),))
+        tls = ServerTls(Path(first["tls"])) if first["tls"] else None
+        self.port = listen(self._server, first["host"], first["port"], tls)
+
+    async def run(self, reader: asyncio.StreamReader) -> None:
+        """Serves until the parent is gone."""
+        await self._server.start()
+        self._say({"port": self.port})
+        report = asyncio.create_task(self._report(), name="report")
+        try:
+            while line := await reader.readline():
+                self._follow(json.loads(line))
+        finally:
+            report.cancel()
+            self._streams.end_all()
+            await self._server.stop(None)
+
+    def _follow(self, message: Message) -> None:
+        self._keeper.adopt(book_from_json(message["book"]), readable=message["readable"])
+        self._say({"acknowledged": message["number"], **self._counters()})
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_INTERVAL_S)
+            self._say(self._counters())
+
+    def _counters(self) -> Message:
+        return {"stats": self._stats.background.to_json(), "leases": self._streams.lease_ids}
+
+    def _say(self, message: Message) -> None:
+        self._writer.write(pack(message))
+
+
+async def run(descriptor: int) -> None:
+    """Serves until the parent closes its end of the socket pair."""
+    connection = socket.socket(fileno=descriptor)
+    reader, writer = await asyncio.open_connection(sock=connection, limit=LINE_BYTES_MAX)
+    first: dict[str, Any] = json.loads(await reader.readline())
+    configure_logging(level=first["log_level"], as_json=first["json_logs"])
+    try:
+        child = Child(first, writer)
+    except FarfaultError as error:
+        writer.write(pack({"error": str(error)}))
+        await writer.drain()
+        return
+    await child.run(reader)
+
+
+def main() -> None:
+    """The parent alone decides when the child ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    uvloop.run(run(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
