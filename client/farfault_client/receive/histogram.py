@@ -50,8 +50,16 @@ class LatencyHistogram:
         for index, count in enumerate(self._buckets):
             seen += count
             if seen >= rank:
-                return min(self.max_us, 2 ** ((index + 1) / _PER_OCTAVE))
+                return min(self.max_us, bucket_edge_us(index))
         return self.max_us
+
+    def octaves(self) -> list[int]:
+        """Observations in [2^n, 2^(n+1)) microseconds; the first also counts all shorter ones, the last all longer."""
+        return [sum(self._buckets[first : first + _PER_OCTAVE]) for first in range(0, len(self._buckets), _PER_OCTAVE)]
+
+    def counts(self) -> array[int]:
+        """A copy of the buckets; `bucket_edge_us` says where each ends."""
+        return self._buckets[:]
 
     def figures(self) -> LatencyFigures:
         mean = self.sum_us / self.count if self.count else 0.0
@@ -63,3 +71,8 @@ class LatencyHistogram:
             self.percentile_us(0.99),
             self.max_us,
         )
+
+
+def bucket_edge_us(index: int) -> float:
+    """Where a bucket of `LatencyHistogram.counts` ends."""
+    return float(2 ** ((index + 1) / _PER_OCTAVE))

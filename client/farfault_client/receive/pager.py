@@ -41,6 +41,7 @@ from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
 from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
 
 from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
+from farfault_client.metrics.slow_faults import SlowFaults
 from farfault_client.receive.fault_times import FaultResult, FaultTimes, Trip
 from farfault_client.session.answers import Answer, request_of
 from farfault_client.session.lane import Lane
@@ -63,11 +64,17 @@ class VcpuKey(NamedTuple):
 
     vcpu: int
 
+    def __str__(self) -> str:
+        return f"vCPU {self.vcpu}"
+
 
 class PageKey(NamedTuple):
     """Engine key of the threads that sleep in the kernel on one page of a blocking userfaultfd."""
 
     page: PageIndex
+
+    def __str__(self) -> str:
+        return "a thread in the kernel"
 
 
 @dataclass(slots=True)
@@ -117,6 +124,7 @@ class Pager:
         self._on_removed = on_removed
         self.engine = FaultEngine(layout, config)
         self.stats = PagerStats()
+        self.slow_faults = SlowFaults()
         self.finished = asyncio.Event()
         self.stream_background = False
         self._vmm: AttachedVmm | None = None
@@ -402,7 +410,10 @@ class Pager:
             trip = self._trip
             fetched = trip is not None and trip.sent_at >= waiter.since
             result = FaultResult.FETCHED if fetched else FaultResult.JOINED
-            self.stats.times.resolved(waiter.priority, waiter.since, time.monotonic(), trip, result)
+            now = time.monotonic()
+            self.stats.times.resolved(waiter.priority, waiter.since, now, trip, result)
+            if now - waiter.since > self.slow_faults.limit_s:
+                self.slow_faults.ended(waiter, now)
 
     def _restart(self, waiter: Waiter) -> None:
         match waiter.key:
