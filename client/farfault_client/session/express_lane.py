@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from typing import cast
 
 from farfault.v1 import pages_pb2 as pb
 from google.protobuf.message import DecodeError
@@ -96,8 +97,7 @@ class ExpressLane(asyncio.Protocol):
     # ---- asyncio.Protocol ------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(LaneLostError(f"express lane: {exc or 'the page server closed it'}"))
