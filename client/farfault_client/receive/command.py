@@ -14,6 +14,8 @@ from farfault_cli.errors import FarfaultError, UsageError
 from farfault_cli.logs import configure_logging
 
 from farfault_client.engine import EngineConfig
+from farfault_client.metrics.observe import observe
+from farfault_client.metrics.options import ObserveOptions, observe_options
 from farfault_client.options import FILE, SIZE, default_state, log_options, source_options
 from farfault_client.receive.control import ControlService, serve_control
 from farfault_client.receive.journal import Step
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 @click.option("--allow-uid", type=int, multiple=True, help="User whose VMM may attach, besides root and our own.")
 @click.option("--name", default="farfault", show_default=True, help="Name in the page server's log.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@observe_options
 @log_options
 def receive(
     source: str | None,
@@ -51,6 +54,9 @@ def receive(
     allow_uid: tuple[int, ...],
     name: str,
     as_json: bool,
+    metrics: str | None,
+    slow_fault: float,
+    record: Path | None,
     log_level: str,
     json_logs: bool,
 ) -> None:
@@ -90,7 +96,7 @@ def receive(
         engine=EngineConfig(background_bytes_per_s=bandwidth),
         allowed_uids=allow_uid,
     )
-    status = _run(config, control, now=now)
+    status = _run(config, control, ObserveOptions(metrics, slow_fault, record), now=now)
     figures = summary_of(status)
     if as_json:
         click.echo(json.dumps(figures))
@@ -101,14 +107,16 @@ def receive(
         )
 
 
-def _run(config: ReceiverConfig, control: Path | None, *, now: bool) -> rpb.MigrationStatus:
+def _run(config: ReceiverConfig, control: Path | None, watched: ObserveOptions, *, now: bool) -> rpb.MigrationStatus:
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_receive(config, control, now=now))
+        return runner.run(_receive(config, control, watched, now=now))
 
 
-async def _receive(config: ReceiverConfig, control: Path | None, *, now: bool) -> rpb.MigrationStatus:
+async def _receive(
+    config: ReceiverConfig, control: Path | None, watched: ObserveOptions, *, now: bool
+) -> rpb.MigrationStatus:
     receiver = Receiver(config)
     loop = asyncio.get_running_loop()
     main = asyncio.current_task()
@@ -121,6 +129,7 @@ async def _receive(config: ReceiverConfig, control: Path | None, *, now: bool) -
     ends: list[object] = []
     try:
         step = await receiver.start()
+        ends.append(await observe(receiver, watched))
         if control is not None:
             ends.append(await serve_control(control, ControlService(receiver, asked.set)))
         await _drive(receiver, step, asked)

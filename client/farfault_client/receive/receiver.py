@@ -21,6 +21,7 @@ from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import FarfaultError, GuestWaitsError, PreflightError, RolledBackError, UnreachableError
 from farfault_shim.attach.listener import AttachListener
 from farfault_shim.attach.vmm import AttachedVmm
+from farfault_shim.attach.wire import VcpuCounters
 from farfault_shim.install.resident import resident_runs
 from farfault_vmm.qmp import QmpVmm
 
@@ -238,6 +239,10 @@ class Receiver:
     def status(self, map_cells: int = 0) -> rpb.MigrationStatus:
         """Everything that is known now."""
         return status_of(self.progress, self.session, self.pager, self._vmm, map_cells)
+
+    def vcpu_counters(self) -> dict[int, VcpuCounters]:
+        """The shim's counters by vCPU; empty while no VMM is attached."""
+        return self._vmm.counters() if self._vmm is not None else {}
 
     def set_bandwidth(self, bytes_per_s: int) -> None:
         """Caps the background lane from now on; 0: no cap."""

@@ -127,6 +127,7 @@ def _add_pages(status: rpb.MigrationStatus, pager: Pager) -> None:
     counters["passed_exits"] = pager.stats.passed
     counters["populate_retries"] = pager.stats.populated
     counters["preinstalled_pages"] = pager.stats.preinstalled_pages
+    counters["slow_faults"] = pager.slow_faults.count
     counters["waiting"] = len(pager.engine.waiting)
     counters["background_window_bytes"] = pager.engine.window.size_bytes
 
