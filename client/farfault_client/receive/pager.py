@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
@@ -51,15 +51,18 @@ logger = logging.getLogger(__name__)
 
 EVENTS_PER_WAKEUP_MAX = 1024
 """userfaultfd events taken in one go before other work gets its turn."""
-DRAIN_ATTEMPTS_MAX = 64
-"""Times that one install is tried again after a userfaultfd event had to be read first."""
+DRAIN_ATTEMPTS_MAX = 100_000
+"""Times that one install is tried again after a userfaultfd event had to be read first: at least 5 s."""
+DRAIN_PAUSE_S = 50e-6
+"""Between two tries: the kernel refuses until the thread whose event was read has run again (mmap_changing)."""
 BACKGROUND_RETRY_S = 0.002
 """The background lane asks the engine again after this long when its window or cap was closed."""
 REFUSAL_PAUSE_S = 0.05
 """A refused range is asked for again after this long, so that a refusing server is not hammered."""
 
 
-class VcpuKey(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class VcpuKey:
     """Engine key of a vCPU that ended KVM_RUN and waits for a verdict."""
 
     vcpu: int
@@ -68,7 +71,8 @@ class VcpuKey(NamedTuple):
         return f"vCPU {self.vcpu}"
 
 
-class PageKey(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PageKey:
     """Engine key of the threads that sleep in the kernel on one page of a blocking userfaultfd."""
 
     page: PageIndex
@@ -390,6 +394,7 @@ class Pager:
             # What is in place came before the events, so it is told before them.
             done = self._installed(drain.partial, zero=zero)
             self._read_events()
+            time.sleep(DRAIN_PAUSE_S)
             return done
         except InstallError as error:
             self._installed(error.partial, zero=zero)
