@@ -31,7 +31,7 @@ from farfault_client.migrate.follow import ReceiverClient, verdict_of
 from farfault_client.receive.summary import summary_of
 from farfault_vmm.connection import QmpConnection
 
-WAIT_S_MAX = 120.0
+WAIT_S_MAX = 60.0
 POLLS_MAX = 1200
 POLL_S = 0.05
 PAGE_BYTES = 4096
