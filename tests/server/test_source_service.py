@@ -1,0 +1,365 @@
+"""Suspend, hand over, resume: the record comes first, and the VM is never lost and never runs twice."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+import xxhash
+from farfault.v1 import pages_pb2 as pb
+from farfault_cli.errors import FarfaultError
+from farfault_server.leases.book import LeaseBook
+from farfault_server.leases.phases import Phase
+from farfault_server.leases.store import MemoryStore
+from farfault_vmm.description import MemoryBackend, VmDescription
+from server_client import (
+    PAGE,
+    TIMEOUT_S,
+    Client,
+    Express,
+    connected,
+    eventually,
+    page,
+    refused,
+    request,
+    serving,
+    write_ram,
+)
+
+STATE = [b"device " * 1000, b"state", b"x" * 100_000]
+DESCRIPTION = VmDescription(
+    vmm="fake 1.0",
+    machine_type="none",
+    vcpus=1,
+    status="running",
+    memory=(MemoryBackend("ram", 4 * PAGE, True),),
+    capabilities=(),
+    accelerator="none",
+)
+
+
+class FakeVmm:
+    """A VMM that remembers what was done to it."""
+
+    def __init__(self, chunks: list[bytes] | None = None, fails: bool = False) -> None:
+        self.chunks = STATE if chunks is None else chunks
+        self.fails = fails
+        self.is_running = True
+        self.stopped_unix_us: int | None = None
+        self.starts = 0
+        self.record: RecordingStore | None = None
+        self.resume_fails = False
+
+    async def describe(self) -> VmDescription:
+        return DESCRIPTION
+
+    async def prepare_source(self) -> None:
+        pass
+
+    async def suspend(self) -> AsyncIterator[bytes]:
+        if self.record is not None:
+            assert self.record.phases[-1] is Phase.SUSPENDING, "stopped before the record said so"
+        self.is_running = False
+        self.stopped_unix_us = 1234
+        for chunk in self.chunks:
+            await asyncio.sleep(0)
+            yield chunk
+        if self.fails:
+            raise FarfaultError("the device cannot be saved", "unplug it")
+
+    async def resume(self) -> None:
+        if self.resume_fails:
+            raise FarfaultError("the VMM does not answer")
+        if self.record is not None:
+            assert self.record.phases[-1] is Phase.RESUMING
+        self.starts += not self.is_running
+        self.is_running = True
+
+    async def status(self) -> str:
+        return "running" if self.is_running else "postmigrate"
+
+    async def close(self) -> None:
+        pass
+
+
+class RecordingStore(MemoryStore):
+    """Remembers every record; `load` gives the last one, as after a restart."""
+
+    def __init__(self) -> None:
+        self.books: list[LeaseBook] = []
+        self.fails = False
+
+    @property
+    def phases(self) -> list[Phase]:
+        return [book.phase for book in self.books]
+
+    def load(self) -> LeaseBook | None:
+        return self.books[-1] if self.books else None
+
+    def save(self, book: LeaseBook) -> None:
+        if self.fails:
+            raise OSError(28, "No space left on device")
+        self.books.append(book)
+
+
+@pytest.fixture
+def ram(tmp_path):
+    return write_ram(tmp_path / "vm.ram", [page(number) for number in range(4)])
+
+
+@pytest.fixture
+def store():
+    return RecordingStore()
+
+
+@pytest.fixture
+def vmm(store):
+    vmm = FakeVmm()
+    vmm.record = store
+    return vmm
+
+
+async def suspend(client: Client) -> pb.DeviceStateChunk:
+    """The last chunk, after the whole state was checked."""
+    data = b""
+    async for chunk in client.source.Suspend(pb.SuspendRequest(), metadata=client.metadata, timeout=TIMEOUT_S):
+        data += chunk.data
+        if chunk.last:
+            assert data == b"".join(STATE)
+            assert chunk.checksum == xxhash.xxh3_64_intdigest(data)
+            assert chunk.stopped_unix_us == 1234
+            return chunk
+    raise AssertionError("no last chunk")
+
+
+async def hand_over(client: Client, generation: int) -> None:
+    request = pb.HandOverRequest(generation=generation)
+    await client.source.HandOver(request, metadata=client.metadata, timeout=TIMEOUT_S)
+
+
+async def resume(client: Client) -> None:
+    await client.source.Resume(pb.ResumeRequest(), metadata=client.metadata, timeout=TIMEOUT_S)
+
+
+async def release(client: Client) -> None:
+    await client.pages.Release(pb.ReleaseRequest(), metadata=client.metadata, timeout=TIMEOUT_S)
+
+
+async def test_a_move(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store, background_port=0) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        assert opened.vm_state == pb.VM_STATE_RUNNING
+        assert await client.fetch((0, 0, 1)) == ["NOT_FROZEN"]
+        async with connected(client.lane(pb.LANE_KIND_BACKGROUND)) as side:
+            side.opened = opened
+            assert await side.fetch((0, 0, 1), name="Background") == ["NOT_FROZEN"]
+            last = await suspend(client)
+            assert last.generation != opened.generation
+            assert not vmm.is_running
+            assert await client.fetch((0, 0, 1)) == [page(0)]
+            assert await side.fetch((0, 0, 1), name="Background") == [page(0)]
+            for _ in range(2):
+                await hand_over(client, last.generation)
+            assert (await refused(resume(client)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+            assert (await refused(release(client)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+            assert await side.fetch((0, 1, 1), name="Background") == [page(1)]
+        complete = pb.CompleteRequest(generation=last.generation)
+        for _ in range(2):
+            await client.pages.Complete(complete, metadata=client.metadata, timeout=TIMEOUT_S)
+        await release(client)
+        assert (await refused(client.open(pb.LEASE_KIND_MIGRATION)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert not vmm.is_running
+    assert vmm.starts == 0
+    wanted = [Phase.SUSPENDING, Phase.FROZEN, Phase.HANDED_OVER, Phase.COMPLETED]
+    assert [phase for phase in dict.fromkeys(store.phases) if phase is not Phase.RUNNING] == wanted
+
+
+async def test_roll_back(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store, background_port=0) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        await resume(client)  # it runs: nothing to do
+        first = await suspend(client)
+        code, message = await refused(suspend(client))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "Resume first" in message
+        for _ in range(2):
+            await resume(client)
+        assert vmm.is_running
+        assert vmm.starts == 1
+        assert await client.fetch((0, 0, 1)) == ["NOT_FROZEN"]
+        async with connected(client.lane(pb.LANE_KIND_BACKGROUND)) as side:
+            side.opened = opened
+            assert await side.fetch((0, 0, 1), name="Background") == ["NOT_FROZEN"]
+        assert (await refused(hand_over(client, first.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        second = await suspend(client)
+        assert (await refused(hand_over(client, first.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        await hand_over(client, second.generation)
+
+
+async def test_release_lets_a_suspended_vm_run(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        await suspend(client)
+        for _ in range(2):
+            await release(client)
+        assert vmm.is_running
+        await client.open(pb.LEASE_KIND_MIGRATION)
+
+
+async def test_a_clone_lease_touches_nothing(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_CLONE)
+        assert (await refused(suspend(client)))[0] is grpc.StatusCode.PERMISSION_DENIED
+        assert (await refused(resume(client)))[0] is grpc.StatusCode.PERMISSION_DENIED
+        assert (await refused(hand_over(client, 1)))[0] is grpc.StatusCode.PERMISSION_DENIED
+        await release(client)
+    assert vmm.starts == 0
+
+
+async def test_a_client_that_leaves_during_suspend_lets_the_vm_run(ram):
+    vmm = FakeVmm([bytes(256 << 10)] * 200)  # more than flow control lets through unread
+    async with serving(ram, vmm=vmm) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        call = client.source.Suspend(pb.SuspendRequest(), metadata=client.metadata, timeout=TIMEOUT_S)
+        await call.read()
+        assert not vmm.is_running
+        call.cancel()
+        await eventually(lambda: vmm.is_running and server.keeper.book.phase is Phase.RUNNING)
+        assert await client.fetch((0, 0, 1)) == ["NOT_FROZEN"]
+
+
+async def test_a_suspend_that_fails_lets_the_vm_run(ram):
+    vmm = FakeVmm(fails=True)
+    async with serving(ram, vmm=vmm) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        code, message = await refused(suspend(client))
+        assert code is grpc.StatusCode.INTERNAL
+        assert message == "the device cannot be saved\n  remedy: unplug it"
+        assert vmm.is_running
+        assert server.keeper.book.phase is Phase.RUNNING
+
+
+async def test_a_record_that_cannot_be_saved_stops_nothing(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        store.fails = True
+        code, message = await refused(suspend(client))
+        assert code is grpc.StatusCode.INTERNAL
+        assert "lease record" in message
+        assert vmm.is_running
+        store.fails = False
+        last = await suspend(client)
+        store.fails = True
+        assert (await refused(hand_over(client, last.generation)))[0] is grpc.StatusCode.INTERNAL
+        assert server.keeper.book.phase is Phase.FROZEN
+        store.fails = False
+        await hand_over(client, last.generation)
+
+
+async def test_a_resume_that_fails_can_be_asked_again(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        await suspend(client)
+        vmm.resume_fails = True
+        assert (await refused(resume(client)))[0] is grpc.StatusCode.INTERNAL
+        assert await client.fetch((0, 0, 1)) == ["NOT_FROZEN"]  # it may run
+        vmm.resume_fails = False
+        await resume(client)
+        assert vmm.is_running
+
+
+async def test_a_vm_resumed_past_the_server_is_noticed(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client)
+        vmm.is_running = True
+        assert (await refused(hand_over(client, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        assert server.keeper.book.phase is Phase.RUNNING
+        last = await suspend(client)
+        await hand_over(client, last.generation)
+        vmm.is_running = True
+        await eventually(lambda: server.keeper.memory.generation != last.generation)
+        assert server.keeper.book.phase is Phase.HANDED_OVER
+        assert vmm.starts == 0
+
+
+async def test_express_follows_the_state_of_the_vm(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        express = await Express.connect(client.lane(pb.LANE_KIND_EXPRESS))
+        await express.hello(opened.lease_id, opened.token)
+        express.send(request(1, (0, 0, 1)))
+        assert (await express.batch()).extents[0].kind == pb.EXTENT_KIND_NOT_FROZEN
+        last = await suspend(client)
+        express.send(request(2, (0, 0, 1)))
+        batch = await express.batch()
+        assert (batch.data, batch.generation) == (page(0), last.generation)
+        express.close()
+
+
+async def test_describe(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        response = await client.source.DescribeVm(pb.DescribeVmRequest(), metadata=client.metadata, timeout=TIMEOUT_S)
+        assert VmDescription.from_proto(response.description) == DESCRIPTION
+
+
+async def test_without_a_vmm(ram):
+    async with serving(ram) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        for call in (suspend(client), resume(client), hand_over(client, 1)):
+            code, message = await refused(call)
+            assert code is grpc.StatusCode.UNIMPLEMENTED
+            assert "--qmp" in message
+
+
+# ---- restart -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [Phase.FROZEN, Phase.HANDED_OVER, Phase.COMPLETED])
+async def test_a_restart_leaves_a_stopped_vm_alone(ram, vmm, store, phase):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client)
+        if phase is not Phase.FROZEN:
+            await hand_over(client, last.generation)
+        if phase is Phase.COMPLETED:
+            complete = pb.CompleteRequest(generation=last.generation)
+            await client.pages.Complete(complete, metadata=client.metadata, timeout=TIMEOUT_S)
+    abandon = phase is not Phase.FROZEN  # too late: the destination owns it
+    async with (
+        serving(ram, vmm=vmm, store=store, abandon=abandon) as server,
+        connected(server.port) as client,
+    ):
+        resumed = await client.resume(opened, last.generation)
+        assert resumed.generation == last.generation
+        assert await client.fetch((0, 0, 1)) == [page(0)]
+    assert vmm.starts == 0
+
+
+@pytest.mark.parametrize("phase", [Phase.SUSPENDING, Phase.RESUMING])
+async def test_a_restart_in_the_middle_lets_the_vm_run(ram, vmm, store, phase):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        await suspend(client)
+        await resume(client)
+    index = store.phases.index(phase)
+    del store.books[index + 1 :]
+    vmm.is_running = False
+    async with serving(ram, vmm=vmm, store=store) as server:
+        assert vmm.is_running
+        assert server.keeper.book.phase is Phase.RUNNING
+        stopped = {
+            book.generation for book in store.books[: index + 1] if book.phase in (Phase.SUSPENDING, Phase.FROZEN)
+        }
+        assert server.keeper.book.generation not in stopped
+
+
+async def test_abandon_takes_a_suspended_vm_back(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client)
+    async with serving(ram, vmm=vmm, store=store, abandon=True) as server, connected(server.port) as client:
+        assert vmm.is_running
+        assert (await refused(client.resume(opened, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
