@@ -351,6 +351,11 @@ class FaultEngine:
         return self._waiters.all()
 
     @property
+    def demand_waits(self) -> bool:
+        """`next_demand` may have a request: after a loss, or an answer that left awaited pages out."""
+        return any(self._demand.values())
+
+    @property
     def requests_in_flight(self) -> int:
         return len(self._in_flight)
 

@@ -338,12 +338,16 @@ class Pager:
         for install in self.engine.arrived(answer.extents, answer.done, now):
             self._install(install, answer.data, answer.data_offset)
         self._trip = None
+        if self.engine.demand_waits and not answer.refusals:
+            self.session.pump(Lane.DEMAND)
         self.session.pump(Lane.BACKGROUND)
         self._check_finished()
 
     def lane_lost(self, lane: Lane) -> None:
         self.engine.lost(self._in_flight[lane])
         self._in_flight[lane].clear()
+        if lane is not Lane.DEMAND:
+            self.session.pump(Lane.DEMAND)  # threads may wait for pages that were in flight here
 
     def start_background(self) -> None:
         """Streams the rest of memory from now on."""
