@@ -27,15 +27,20 @@ struct memory_fault {
     uint64_t flags, gpa, size;
 };
 
-void ff_sampler_open(struct ff_sampler *sampler)
+void ff_sampler_close(struct ff_sampler *sampler)
 {
     if (sampler->ring)
         munmap(sampler->ring, PAGE_BYTES + RING_BYTES);
     if (sampler->fd > 0)
         close(sampler->fd);
     *sampler = (struct ff_sampler){.fd = -1};
+}
+
+bool ff_sampler_open(struct ff_sampler *sampler)
+{
+    ff_sampler_close(sampler);
     if (!ff_config.tracepoint_id)
-        return;
+        return false;
     struct perf_event_attr attributes = {
         .type = PERF_TYPE_TRACEPOINT,
         .size = sizeof attributes,
@@ -48,13 +53,14 @@ void ff_sampler_open(struct ff_sampler *sampler)
     if (sampler->fd < 0) {
         ff_log("perf_event_open: %s; exits cannot be annotated: run as root or with CAP_PERFMON, or use "
                "--fault-source blocking", strerror(errno));
-        return;
+        return false;
     }
     void *ring = ff_real_mmap(NULL, PAGE_BYTES + RING_BYTES, PROT_READ, MAP_SHARED, sampler->fd, 0);
     if (ring == MAP_FAILED)
         ff_log("perf ring: %s; exits cannot be annotated", strerror(errno));
     else
         sampler->ring = ring;
+    return sampler->ring != NULL;
 }
 
 static void copy_out(const uint8_t *ring, uint64_t position, void *target, size_t bytes)

@@ -152,6 +152,17 @@ static void read_fault_source(const char *source, const char *kernel_nowait)
         read_kernel_nowait(kernel_nowait);
 }
 
+/* Better no VMM than one that runs a guest whose first missing page it cannot name. */
+static void check_annotator(void)
+{
+    struct ff_sampler sampler = {.fd = -1};
+    if (!ff_config.tracepoint_id)
+        ff_die("stock-nowait needs FARFAULT_ANNOTATOR; start the VMM with `farfault run`");
+    if (!ff_sampler_open(&sampler))
+        ff_die("stock-nowait cannot work for this user");
+    ff_sampler_close(&sampler);
+}
+
 __attribute__((constructor)) static void configure(void)
 {
     ff_real_mmap = (void *(*)(void *, size_t, int, int, int, off_t))dlsym(RTLD_NEXT, "mmap");
@@ -172,6 +183,8 @@ __attribute__((constructor)) static void configure(void)
         if (device)
             read_userfaultfd_device(device);
         read_fault_source(source, kernel_nowait);
+        if (ff_config.mode == FF_MODE_NOWAIT)
+            check_annotator();
     }
     free(attach);
     free(ram);

@@ -72,7 +72,9 @@ struct ff_sampler {
     int fd;
     uint64_t head;
 };
-void ff_sampler_open(struct ff_sampler *sampler);
+/* False: this thread's exits cannot be annotated; the log says why, where there is a tracepoint at all. */
+bool ff_sampler_open(struct ff_sampler *sampler);
+void ff_sampler_close(struct ff_sampler *sampler);
 void ff_annotate(struct ff_sampler *sampler, int vcpu_fd, const struct kvm_run *run, struct ff_report *report);
 
 /* ---- vcpu.c ---- */

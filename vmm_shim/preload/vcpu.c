@@ -124,7 +124,7 @@ static void adopt(struct vcpu *vcpu)
     if (ff_state)
         ff_state->vcpus[vcpu->id].tid = (uint32_t)tid;
     if (ff_config.mode != FF_MODE_BLOCKING) {
-        ff_sampler_open(&vcpu->sampler);
+        (void)ff_sampler_open(&vcpu->sampler);
         ff_control_new_vcpu();
     }
 }

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from farfault_shim.annotate import AddressKind, discover
 from farfault_shim.attach.wire import FaultSource, HandOver
 from farfault_shim.launch.checks import find_library
 from farfault_shim.sources.userfault import find_userfaultfd
@@ -45,6 +46,14 @@ def variables(ram: str, attach: Path, source: str = "blocking", **more: str) -> 
         "FARFAULT_FAULT_SOURCE": source,
         **more,
     }
+
+
+def annotator() -> str:
+    """Of a tracepoint that this process may sample; which one does not matter here."""
+    found = discover()[AddressKind.GPA]
+    if found.annotator is None:
+        pytest.skip(f"{found.problem}; {found.remedy}")
+    return found.annotator.render()
 
 
 def run_vmm(
@@ -99,6 +108,8 @@ def test_hand_over_of_a_file_that_the_vmm_makes(
 ) -> None:
     with listening:
         extra = variables(str(place / "vm.ram"), place / "attach.sock", source)
+        if aliased:
+            extra["FARFAULT_ANNOTATOR"] = annotator()
         handover, descriptors = hand_over(MAP + WAIT, str(place / "vm.ram"), extra, listening)
     try:
         assert handover.fault_source is FaultSource(source)
@@ -170,6 +181,11 @@ def test_children_see_nothing_of_it(place: Path) -> None:
         ({"FARFAULT_FAULT_SOURCE": "magic"}, "is neither blocking, stock-nowait nor kernel-nowait"),
         ({"FARFAULT_FAULT_SOURCE": "kernel-nowait"}, "FARFAULT_KERNEL_NOWAIT= is not FLAG"),
         ({"FARFAULT_ANNOTATOR": "gva:0:8:8"}, "is not gva|gpa:EVENT_ID:OFFSET:SIZE"),
+        ({"FARFAULT_FAULT_SOURCE": "stock-nowait"}, "stock-nowait needs FARFAULT_ANNOTATOR"),
+        (
+            {"FARFAULT_FAULT_SOURCE": "stock-nowait", "FARFAULT_ANNOTATOR": "gpa:1073741824:8:8"},
+            "stock-nowait cannot work for this user",
+        ),
         ({"FARFAULT_UFFD_DEV_FD": "77"}, "FARFAULT_UFFD_DEV_FD=77 is not an open descriptor"),
         ({"FARFAULT_ATTACH": "/" + "x" * 200}, "FARFAULT_ATTACH is longer than 107 bytes"),
     ],
