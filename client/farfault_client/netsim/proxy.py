@@ -19,6 +19,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 import click
 
@@ -79,8 +80,7 @@ class End(asyncio.Protocol):
         self.other: End | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:

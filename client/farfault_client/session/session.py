@@ -192,6 +192,8 @@ class Session:
                 if self.error is None or self.error.problem != error.problem:
                     logger.error("%s; the guest waits", error)
                 self.error = error
+            except Exception:  # a bug of ours must not leave a guest waiting for a lane that nobody keeps
+                logger.exception("%s lane failed; it is connected again", lane.value)
             lost_at = asyncio.get_running_loop().time()
             await asyncio.sleep(next(waits))
 
