@@ -30,7 +30,8 @@ def test_it_becomes_the_vmm_under_the_library(tmp_path: Path) -> None:
     result = run(tmp_path, "--fault-source", "blocking", "--", "cat", "/proc/self/maps")
     assert result.returncode == 0
     assert str(find_library()) in result.stdout
-    assert "farfault run: fault source blocking" in result.stderr
+    assert "farfault run: fault source blocking; not stock-nowait: " in result.stderr
+    assert "kernel-nowait" not in result.stderr  # nothing was configured
     assert f"warning: no argument of the VMM names {tmp_path / 'vm.ram'}" in result.stderr
 
 

@@ -15,6 +15,7 @@ from farfault_shim.attach.wire import FaultSource, HandOver
 from farfault_shim.launch.checks import find_library
 from farfault_shim.sources.userfault import find_userfaultfd
 from farfault_shim.uffd import abi
+from uffd_memory import HUGE, huge_pages
 
 PYTHON = "/usr/bin/python3"
 SIZE = 1 << 20
@@ -136,6 +137,19 @@ def test_ram_by_link_relative_path_and_memfd(place: Path, listening: socket.sock
     for descriptor in descriptors:
         os.close(descriptor)
     assert handover.regions[0].size_bytes == SIZE
+
+
+@pytest.mark.parametrize("source", ["blocking", "stock-nowait"])
+def test_huge_pages_are_handed_over_as_such(place: Path, listening: socket.socket, source: str) -> None:
+    script = (
+        f"huge = os.memfd_create('guest-huge', os.MFD_HUGETLB); os.truncate(huge, {HUGE})\nmmap.mmap(huge, {HUGE})\n"
+    )
+    extra = variables("memfd=guest-huge", place / "attach.sock", source, FARFAULT_ANNOTATOR=annotator())
+    with huge_pages(1), listening:
+        handover, descriptors = hand_over(script + WAIT, "memfd=unused", extra, listening)
+        for descriptor in descriptors:
+            os.close(descriptor)
+    assert [(region.size_bytes, region.page_size_bytes) for region in handover.regions] == [(HUGE, HUGE)]
 
 
 @pytest.mark.parametrize(

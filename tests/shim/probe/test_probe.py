@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from farfault_shim.probe.host_memory import find_memory
 from farfault_shim.probe.render import render
 from farfault_shim.probe.survey import Item, State, survey
 from farfault_shim.probe.vmms import find_vmms
+from farfault_shim.uffd import abi
 from rich.console import Console
 
 
@@ -94,6 +96,21 @@ def test_exit_code_where_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = CliRunner().invoke(probe, [])
     assert tables.exit_code == 3
     assert "no fault source works here" in tables.stdout
+
+
+@pytest.mark.skipif(not os.access(abi.DEVICE, os.R_OK | os.W_OK), reason=f"{abi.DEVICE} cannot be opened")
+def test_an_inherited_device_is_used_by_scratch_vms_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farfault_shim.sources.userfault._libc.syscall", lambda *unused: -1)
+    device = os.open(abi.DEVICE, os.O_RDWR)
+    try:
+        result = CliRunner().invoke(probe, ["--json", "--userfaultfd-device-fd", str(device)])
+    finally:
+        os.close(device)
+    report = json.loads(result.stdout)
+    found = {item["name"]: item for item in report["items"]}
+    assert found["/dev/userfaultfd"]["detail"] == f"descriptor {device}"
+    if "absent page, SIGBUS userfaultfd" in found:
+        assert found["absent page, SIGBUS userfaultfd"]["state"] == "ok"
 
 
 def test_a_kernel_interface_that_is_not_there_is_reported() -> None:

@@ -95,7 +95,7 @@ def run(
     assert program is not None
     for name in checks.ram_not_on_command_line(ram, ram_names, vmm):
         click.echo(f"farfault run: warning: no argument of the VMM names {name}", err=True)
-    _announce(choice)
+    _announce(choice, passed_over_silently=() if interface_texts else (FaultSource.KERNEL_NOWAIT,))
     sys.stdout.flush()
     os.execve(program, list(vmm), merge(os.environ, variables))
 
@@ -121,9 +121,13 @@ def _choose(wish: str, interface_texts: tuple[str, ...], device_fd: int | None) 
     return choice
 
 
-def _announce(choice: Choice) -> None:
+def _announce(choice: Choice, passed_over_silently: tuple[FaultSource, ...]) -> None:
     """One line: which fault source, and why not a better one."""
     assert choice.source is not None
-    better = [verdict for verdict in choice.verdicts[: REAL_SOURCES.index(choice.source)] if verdict.remedy]
-    why = "".join(f"; not {verdict.source.value}: {verdict.reason}" for verdict in better)
+    better = choice.verdicts[: REAL_SOURCES.index(choice.source)]
+    why = "".join(
+        f"; not {verdict.source.value}: {verdict.reason}"
+        for verdict in better
+        if verdict.source not in passed_over_silently
+    )
     click.echo(f"farfault run: fault source {choice.source.value}{why}", err=True)

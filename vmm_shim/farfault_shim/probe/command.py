@@ -30,8 +30,15 @@ WISHES = (AUTO, *(source.value for source in FaultSource))
     envvar="FARFAULT_KERNEL_INTERFACE",
     help="A NOWAIT interface of a patched kernel, tried on a scratch VM; may be repeated.",
 )
+@click.option(
+    "--userfaultfd-device-fd",
+    type=click.IntRange(min=3),
+    help="Inherited descriptor of /dev/userfaultfd, as for `farfault run`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
-def probe(fault_source: str, interface_texts: tuple[str, ...], as_json: bool) -> None:
+def probe(
+    fault_source: str, interface_texts: tuple[str, ...], userfaultfd_device_fd: int | None, as_json: bool
+) -> None:
     """Show what this host can do for far memory, what is missing, and the remedy.
 
     Everything is tried, with scratch VMs where need be; versions are not looked at and nothing is changed.
@@ -48,7 +55,7 @@ def probe(fault_source: str, interface_texts: tuple[str, ...], as_json: bool) ->
     from farfault_shim.probe.survey import survey
     from farfault_shim.sources.kernel_interface import parse_interface
 
-    found = survey([parse_interface(text) for text in interface_texts], fault_source)
+    found = survey([parse_interface(text) for text in interface_texts], fault_source, userfaultfd_device_fd)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=2))
     else:

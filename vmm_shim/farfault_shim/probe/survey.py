@@ -89,18 +89,21 @@ class Survey:
         }
 
 
-def survey(interfaces: Sequence[NowaitInterface] = (), wish: str = AUTO) -> Survey:
+def survey(
+    interfaces: Sequence[NowaitInterface] = (), wish: str = AUTO, userfaultfd_device_fd: int | None = None
+) -> Survey:
     """Looks at this host. Takes well under a second; nothing is changed.
 
     Args:
         interfaces: kernel NOWAIT interfaces to try.
         wish: the fault source that the user wants, or ``auto``.
+        userfaultfd_device_fd: an inherited descriptor of ``/dev/userfaultfd``.
 
     Raises:
         FaultSourceUnavailableError: the wish cannot be fulfilled.
     """
-    userfaultfd = find_userfaultfd()
-    facts = find_host_facts(interfaces, userfaultfd)
+    userfaultfd = find_userfaultfd(userfaultfd_device_fd)
+    facts = find_host_facts(interfaces, userfaultfd, userfaultfd_device_fd)
     choice = choose(facts, wish)
     items = (
         *_kvm_items(facts),
