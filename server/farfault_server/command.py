@@ -29,6 +29,12 @@ DEFAULT_LISTEN: Final = "127.0.0.1:7777"
 SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 ADMISSION_VARIABLE: Final = "FARFAULT_ADMISSION_TOKEN_FILE"
 
+GRPC_ENVIRONMENT: Final = {
+    "GRPC_ENABLE_FORK_SUPPORT": "0",  # the background process is started with exec: nothing of gRPC lives on in it
+    "GRPC_VERBOSITY": "ERROR",  # what goes wrong with a connection is logged here, as text or JSON
+}
+"""Read by gRPC when it is loaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
@@ -124,6 +130,8 @@ def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **op
     SIGTERM ends the server and never touches the VM; SIGUSR1 writes its state to the log.
     """
     configure_logging(level=log_level, as_json=json_logs)
+    for variable, value in GRPC_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     import uvloop
 
     named = ServeOptions(is_frozen=frozen, is_insecure=insecure, log_level=log_level, json_logs=json_logs, **options)
@@ -229,10 +237,13 @@ def open_regions(options: ServeOptions) -> list[PageRegion]:
         raise UsageError("give either --ram or --synthetic", "for example: farfault serve --ram /dev/shm/vm.ram")
     if options.synthetic is not None:
         if options.synthetic == 0 or options.synthetic % PAGE_SIZE_BYTES:
-            raise UsageError(f"--synthetic must be a positive multiple of {PAGE_SIZE_BYTES} bytes")
+            raise UsageError(
+                f"--synthetic {options.synthetic} is not a positive multiple of {PAGE_SIZE_BYTES} bytes",
+                "give a size such as 512MiB or 64GiB",
+            )
         return [SyntheticRegion(options.seed, 0, options.synthetic)]
     if len(options.ram) > REGIONS_MAX:
-        raise UsageError(f"more than {REGIONS_MAX} regions")
+        raise UsageError(f"more than {REGIONS_MAX} regions", "give the VM fewer, larger memory backends")
     if options.pid is not None and options.qmp is None and not options.is_frozen:
         logger.warning("process %d must not run its VM while its memory is served; --frozen says that", options.pid)
     return [open_ram(ram, options.pid) for ram in options.ram]

@@ -234,7 +234,9 @@ def read_token_file(path: Path) -> str:
     try:
         token = path.read_text().splitlines()[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the admission token file {path}: {error}") from error
+        raise UsageError(
+            f"cannot read the admission token file {path}: {error}", "it must be a readable text file"
+        ) from error
     except IndexError:
         token = ""
     if not token:
