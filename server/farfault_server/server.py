@@ -219,8 +219,7 @@ class PageServer:
             await self._express.stop()
         if self.background is not None:
             await self.background.stop()
-        if self.vmm is not None:
-            await self.vmm.close()
+        await self.owner.close()
         for region in self.regions:
             region.close()
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 RUNNING = "running"
 DEVICE_STATE_BYTES_MAX = 1 << 30
+CLOSE_TIMEOUT_S = 20.0
+"""For a roll-back that is under way when the server ends."""
 
 
 class SourceVmm(Protocol):
@@ -61,6 +63,18 @@ class VmOwner:
         self._vmm = vmm
         self._keeper = keeper
         self._lock = asyncio.Lock()
+        self._answers = True
+
+    async def close(self) -> None:
+        """Ends the control of the VMM, after a step that is under way."""
+        if self._vmm is None:
+            return
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S), self._lock:
+                pass
+        except TimeoutError:
+            logger.error("a step of the VM is still under way: the next start of the server finishes it")
+        await self._vmm.close()
 
     @property
     def vmm(self) -> SourceVmm:
@@ -192,10 +206,14 @@ class VmOwner:
     async def _runs(self, vmm: SourceVmm) -> bool:
         """A VMM that does not answer any more does not run its VM."""
         try:
-            return await vmm.status() == RUNNING
+            is_running = await vmm.status() == RUNNING
         except FarfaultError as error:
-            logger.warning("the source VMM does not answer: %s", error.problem)
+            if self._answers:
+                logger.warning("the source VMM does not answer: %s", error.problem)
+            self._answers = False
             return False
+        self._answers = True
+        return is_running
 
     async def _resume(self) -> None:
         await self._step(Step.RESUME)
