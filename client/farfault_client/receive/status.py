@@ -10,6 +10,7 @@ from farfault_cli.errors import FarfaultError
 from farfault_shim.attach.vmm import AttachedVmm
 
 from farfault_client.engine import PageState
+from farfault_client.metrics.memory_cells import cell_counts
 from farfault_client.receive.pager import Pager, VcpuKey
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
@@ -154,18 +155,16 @@ _ABSENT, _MOVING, _INSTALLED, _REMOVED = range(4)
 
 def memory_map(pager: Pager, cells: int) -> bytes:
     """One byte a cell as `MigrationStatus.map` says; fewer cells than asked for where there are fewer pages."""
-    pages, page_count = pager.engine.pages, pager.layout.page_count
-    cells = min(cells, page_count)
-    result = bytearray(cells)
-    for cell in range(cells):
-        first, end = cell * page_count // cells, (cell + 1) * page_count // cells
-        counts = pages.counts(first, end)
+    result = bytearray()
+    for counts in cell_counts(pager.engine.pages, cells):
         if counts[PageState.WANTED] or counts[PageState.IN_FLIGHT]:
-            result[cell] = _MOVING
-        else:
-            result[cell] = max(
+            result.append(_MOVING)
+            continue
+        result.append(
+            max(
                 (counts[PageState.ABSENT], _ABSENT),
                 (counts[PageState.INSTALLED], _INSTALLED),
                 (counts[PageState.REMOVED], _REMOVED),
             )[1]
+        )
     return bytes(result)

@@ -21,7 +21,7 @@ from typing import Any, Final
 from farfault.v1 import receiver_pb2 as rpb
 
 from farfault_client.engine import PageState
-from farfault_client.metrics.slow_faults import SlowFaults
+from farfault_client.metrics.memory_cells import cell_counts
 from farfault_client.receive.pager import Pager
 from farfault_client.receive.receiver import Receiver
 from farfault_client.receive.summary import summary_of
@@ -32,9 +32,6 @@ SAMPLES_PER_INTERVAL: Final = 1200
 EVENTS_MAX: Final = 5000
 MAP_CELLS: Final = 128
 MAP_EVERY_SAMPLES: Final = 4
-STRETCHES_PER_CELL: Final = 4
-STRETCH_PAGES: Final = 256
-"""A cell of more pages is judged by this many evenly spaced stretches of this length."""
 
 Line = dict[str, Any]
 
@@ -50,6 +47,7 @@ class Recorder:
         self._samples = 0
         self._events = 0
         self._buckets = array("Q", bytes(8 * len(self._pager.stats.times.total.counts())))
+        self._blocked_s: dict[str, float] = {}
         self._phase = receiver.progress.phase
         self._connected = receiver.session.connected
 
@@ -82,10 +80,7 @@ class Recorder:
             "waiting": len(engine.waiting),
             "longest_wait_s": round(max((now - waiter.since for waiter in engine.waiting), default=0.0), 6),
             "bytes": {lane.value: stats.wire_bytes for lane, stats in lanes.items()},
-            "blocked_s": {
-                str(vcpu): round(counters.blocked_ns * 1e-9, 6)
-                for vcpu, counters in self._receiver.vcpu_counters().items()
-            },
+            "blocked_s": self._blocked(),
             "latency": self._new_latencies(),
         }
         if self._samples % MAP_EVERY_SAMPLES == 0:
@@ -119,12 +114,22 @@ class Recorder:
         return [{"type": "event", "t": self._t(now), "level": level, "text": text}]
 
     def footer(self, now: float) -> Line:
-        slow: SlowFaults = self._pager.slow_faults
-        summary = {**summary_of(self._receiver.status()), "slow_faults": slow.count}
+        summary = {
+            **summary_of(self._receiver.status()),
+            "blocked_s_by_vcpu": self._blocked(),
+            "slow_faults": self._pager.slow_faults.count,
+        }
         return {"type": "footer", "t": self._t(now), "summary": summary}
 
     def _t(self, now: float) -> float:
         return round(now - self._began_at, 4)
+
+    def _blocked(self) -> dict[str, float]:
+        """By vCPU, as the shim counts; what it said last once the VMM has detached."""
+        found = self._receiver.vcpu_counters()
+        if found:
+            self._blocked_s = {str(vcpu): round(counters.blocked_ns * 1e-9, 6) for vcpu, counters in found.items()}
+        return self._blocked_s
 
     def _new_latencies(self) -> dict[str, int]:
         before, after = self._buckets, self._pager.stats.times.total.counts()
@@ -134,24 +139,8 @@ class Recorder:
 
 def settled_map(pager: Pager, cells: int) -> str:
     """A digit for each of at most `cells` equal parts of guest memory: its share of settled pages in ninths, rounded
-    down, so that a 9 is complete (as far as its stretches tell)."""
-    page_count = pager.layout.page_count
-    cells = min(cells, page_count)
-    digits = []
-    for cell in range(cells):
-        first, end = cell * page_count // cells, (cell + 1) * page_count // cells
-        digits.append(str(9 * _settled(pager, first, end) // min(end - first, STRETCHES_PER_CELL * STRETCH_PAGES)))
-    return "".join(digits)
-
-
-def _settled(pager: Pager, first: int, end: int) -> int:
-    if end - first <= STRETCHES_PER_CELL * STRETCH_PAGES:
-        starts, length = [first], end - first
-    else:
-        step = (end - first) // STRETCHES_PER_CELL
-        starts, length = [first + step * index for index in range(STRETCHES_PER_CELL)], STRETCH_PAGES
-    found = 0
-    for start in starts:
-        counts = pager.engine.pages.counts(start, start + length)
-        found += counts[PageState.INSTALLED] + counts[PageState.REMOVED]
-    return found
+    down, so that a 9 is complete (as far as `cell_counts` tells)."""
+    return "".join(
+        str(9 * (counts[PageState.INSTALLED] + counts[PageState.REMOVED]) // sum(counts.values()))
+        for counts in cell_counts(pager.engine.pages, cells)
+    )
