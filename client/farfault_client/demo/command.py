@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def demo(vmm: str | None, ram: int | None, vcpus: int, fault_source: str, keep: 
         raise UsageError(f"--ram {ram_bytes} is not a multiple of 2 MiB from {GUEST_RAM_MIN_BYTES >> 20} MiB on")
     source = _fault_source(kind, fault_source)
     config = SceneConfig(kind, ram_bytes=ram_bytes, vcpus=vcpus, fault_source=source)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the VMs end and their RAM is freed
     folder = Path(tempfile.mkdtemp(prefix="farfault-demo-"))
     try:
         figures = _play(config, folder, quiet=as_json)
