@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import xxhash
 from farfault_cli.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,12 +63,17 @@ def source_options(function: F) -> F:
     return function
 
 
-def default_state(name: str) -> Path:
-    """Where records of a move go by default: memory that outlives a process but not a host, as the VM does."""
+def default_state(attach: Path) -> Path:
+    """Where the record of a move goes by default: memory that outlives a process but not a host, as the VM does.
+
+    Args:
+        attach: the receiver's socket; the same one finds the same record.
+    """
     runtime = "/run/farfault" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
     if not runtime:
         raise UsageError("no XDG_RUNTIME_DIR for the record of the move", "name a folder with --state")
-    return Path(runtime) / name
+    where = xxhash.xxh32_hexdigest(os.fsencode(attach.absolute()))
+    return Path(runtime) / f"receive-{attach.name}-{where}"
 
 
 def split_target(target: str) -> tuple[str, int]:

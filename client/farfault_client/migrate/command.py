@@ -81,7 +81,7 @@ def migrate(
             raise UsageError(
                 "neither --control nor --source, --attach and --qmp were given", "see `farfault migrate --help`"
             )
-        state = state or default_state(f"receive-{attach.name}")
+        state = state or default_state(attach)
         if abort:
             raise UsageError("--abort needs --control", "name the control socket of the receiver that moves the VM")
         if resume and Journal(state).record is None:

@@ -92,7 +92,7 @@ def receive(
         ),
         attach=attach,
         qmp=qmp,
-        state=state or default_state(f"receive-{attach.name}"),
+        state=state or default_state(attach),
         engine=EngineConfig(background_bytes_per_s=bandwidth),
         allowed_uids=allow_uid,
     )

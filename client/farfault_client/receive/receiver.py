@@ -18,7 +18,14 @@ from typing import Any
 
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import receiver_pb2 as rpb
-from farfault_cli.errors import FarfaultError, GuestWaitsError, PreflightError, RolledBackError, UnreachableError
+from farfault_cli.errors import (
+    FarfaultError,
+    GuestWaitsError,
+    PreflightError,
+    RolledBackError,
+    UnreachableError,
+    UsageError,
+)
 from farfault_shim.attach.listener import AttachListener
 from farfault_shim.attach.vmm import AttachedVmm
 from farfault_shim.attach.wire import VcpuCounters
@@ -102,11 +109,16 @@ class Receiver:
         if record is not None and record.step is Step.ROLLED_BACK:
             self.journal.forget()
             record = None
+        target = self.config.session.peer.target
+        if record is not None and record.target != target:
+            raise UsageError(
+                f"{self.journal.path} is the record of a move from {record.target}, not from {target}",
+                "take that move up with the same --source, or name another folder with --state",
+            )
         if record is None:
             lease = await self.session.open()
             step = Step.OPENED
             self._removed.forget()
-            target = self.config.session.peer.target
             self.journal.write(Record(step, target, lease.lease_id, lease.token, lease.generation))
         else:
             step = record.step
