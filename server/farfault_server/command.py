@@ -134,6 +134,9 @@ def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **op
         os.environ.setdefault(variable, value)
     import uvloop
 
+    from farfault_server.heap import keep_freed_memory
+
+    keep_freed_memory()
     named = ServeOptions(is_frozen=frozen, is_insecure=insecure, log_level=log_level, json_logs=json_logs, **options)
     uvloop.run(run(named))
 

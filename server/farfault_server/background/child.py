@@ -18,6 +18,7 @@ from farfault_cli.logs import configure_logging
 from farfault_cli.tls import ServerTls
 
 from farfault_server.background.wire import LINE_BYTES_MAX, REPORT_INTERVAL_S, Message, pack, regions_from_json
+from farfault_server.heap import keep_freed_memory
 from farfault_server.lanes.limits import LaneLimits
 from farfault_server.lanes.streams import Streams
 from farfault_server.leases.keeper import LeaseKeeper
@@ -107,6 +108,7 @@ def main() -> None:
     """The parent alone decides when the child ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
     uvloop.run(run(int(sys.argv[1])))
 
 
