@@ -1,0 +1,157 @@
+"""Mistakes that somebody might make one day, each as a part that replaces the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from farfault.codec import DecodedBatch
+from farfault_client.engine import Extent, ExtentResult, FaultEngine, Fetch, Install, PageState, Priority
+from farfault_client.engine.states import PageInput
+from farfault_client.session import answers
+from farfault_client.session.answers import Answer, verify
+from farfault_shim.layout import Layout, PageIndex, PageRun
+from sim_receiver import Parts
+from xxhash import xxh3_64_intdigest
+
+
+class NoDedupe(FaultEngine):
+    """A fault on a page in flight fetches it once more."""
+
+    def _want(self, key: object, page: int, priority: Priority) -> None:
+        if self.pages.state(page) is PageState.IN_FLIGHT:
+            self.pages.apply(page, 1, PageInput.LOSE)
+        super()._want(key, page, priority)
+
+
+class NoClip(FaultEngine):
+    """Whatever arrives is installed."""
+
+    def arrived(self, extents: Iterable[Extent], done: Iterable[int], now: float) -> list[Install]:
+        extents = list(extents)
+        super().arrived(extents, done, now)
+        installs, offset = [], 0
+        for run, result in extents:
+            if result is ExtentResult.DATA:
+                installs.append(Install(run, offset))
+                offset += run.count * self.layout.region_of_page(run.first).page_size_bytes
+        return installs
+
+
+class ForgetsRemovals(FaultEngine):
+    """Pages that the guest gave back are fetched like any other."""
+
+    def removed(self, run: PageRun) -> list[PageIndex]:
+        zero = super().removed(run)
+        for page in set(range(run.first, run.end)) - set(zero):
+            if self.pages.state(page) is PageState.REMOVED:
+                self.pages._bytes[page] = 0
+                self.pages._totals[PageState.REMOVED] -= 1
+                self.pages._totals[PageState.ABSENT] += 1
+        return zero
+
+
+class LosesFaults(FaultEngine):
+    """A lost request takes the wishes for its pages with it."""
+
+    def _lose(self, run: PageRun) -> None:
+        self.pages.apply(run.first, run.count, PageInput.LOSE_IDLE)
+
+
+class BelievesDone(FaultEngine):
+    """A request that is called done is done, whatever came."""
+
+    def _finish_request(self, request_id: int, now: float) -> None:
+        fetch = self._in_flight.pop(request_id, None)
+        if fetch is not None and self._background_sent_at.pop(request_id, None) is not None:
+            self._background_in_flight_bytes -= fetch.size_bytes
+
+
+class NeverYields(FaultEngine):
+    """The background goes on while threads wait."""
+
+    def next_background(self, now: float) -> Fetch | None:
+        self.window.sent(float("-inf"))
+        return super().next_background(now)
+
+
+class BackgroundFirst(FaultEngine):
+    """Faults are asked for after the background has had its turn."""
+
+    def next_demand(self) -> Fetch | None:
+        return super().next_demand() if not self._background_sent_at else None
+
+
+class WakesEarly(FaultEngine):
+    """A thread goes on when its page was sent, not when it is there; the rest wait for ever."""
+
+    def installed(self, run: PageRun, **how: Any) -> list[Any]:
+        woken = super().installed(run, **how)
+        return woken[1:] if len(woken) > 1 else woken
+
+
+def any_length(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
+    """Accepts data of a wrong length."""
+    expected = sum(
+        extent.page_count * layout.regions[extent.region].page_size_bytes
+        for extent in decoded.header.extents
+        if extent.kind == 0 and extent.region < len(layout.regions) and extent.page_count < 4096
+    )
+    data = bytes(decoded.data)[:expected].ljust(expected, b"\xee")
+    header = type(decoded.header)()
+    header.CopyFrom(decoded.header)
+    if xxh3_64_intdigest(decoded.data) == header.checksum:
+        header.checksum = xxh3_64_intdigest(data)
+    return verify(DecodedBatch(header, data, 0, len(data)), layout, generation)
+
+
+def any_generation(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
+    """Accepts the memory of a VM that ran on."""
+    return verify(decoded, layout, decoded.header.generation)
+
+
+def any_checksum(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
+    """Accepts corrupted data."""
+    decoded.header.checksum = xxh3_64_intdigest(decoded.data)
+    return verify(decoded, layout, generation)
+
+
+def any_page(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
+    """Accepts pages that do not exist."""
+    answer = verify(
+        decoded._replace(header=type(decoded.header)(generation=decoded.header.generation), data_length=0),
+        layout,
+        generation,
+    )
+    extents = [
+        Extent(
+            PageRun(PageIndex(part.first_page), part.page_count), answers._RESULTS.get(part.kind, ExtentResult.REFUSED)
+        )
+        for part in decoded.header.extents
+    ]
+    return answer._replace(
+        extents=extents,
+        data=decoded.buffer,
+        data_offset=decoded.data_offset,
+        done=tuple(decoded.header.done_request_ids),
+    )
+
+
+GOOD = Parts()
+BUGS: dict[str, Parts] = {
+    "no dedupe": replace(GOOD, engine=NoDedupe),
+    "no clip": replace(GOOD, engine=NoClip, to_install=lambda engine, run: [run] if run.count > 0 else []),
+    "forgets removals": replace(GOOD, engine=ForgetsRemovals),
+    "loses faults": replace(GOOD, engine=LosesFaults),
+    "believes done": replace(GOOD, engine=BelievesDone),
+    "never yields": replace(GOOD, engine=NeverYields),
+    "background first": replace(GOOD, engine=BackgroundFirst),
+    "wakes one of two": replace(GOOD, engine=WakesEarly),
+    "any length": replace(GOOD, verify=any_length),
+    "any generation": replace(GOOD, verify=any_generation),
+    "any checksum": replace(GOOD, verify=any_checksum),
+    "any page": replace(GOOD, verify=any_page),
+    "installs what was removed meanwhile": replace(GOOD, to_install=lambda engine, run: [run] if run.count > 0 else []),
+    "takes every page for resident": replace(GOOD, resident=lambda guest: range(guest.layout.page_count)),
+}
