@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 
 import grpc
 import grpc.aio
@@ -10,8 +11,9 @@ from farfault.digest import DIGEST_MODULUS, pages_digest
 from farfault.synthetic import synthetic_page
 from farfault.v1 import pages_pb2 as pb
 from farfault_cli.certs import make_certificates
-from farfault_cli.errors import UsageError
+from farfault_cli.errors import FarfaultError, UsageError
 from farfault_cli.tls import channel_credentials, client_ssl_context
+from farfault_server.background import process as process_module
 from farfault_server.lanes.streams import STREAMS_PER_LEASE_MAX
 from farfault_server.leases.store import DirectoryStore
 from farfault_server.memory.synthetic_region import SyntheticRegion
@@ -471,6 +473,42 @@ async def test_background_process_that_dies_is_started_again(ram):
         async with connected(port) as side:
             side.opened = opened
             assert await side.fetch((0, 1, 1), name="Background") == [PAGES[1]]
+
+
+async def test_background_process_that_hangs_is_replaced(ram, monkeypatch):
+    """It would serve under an old record: nobody waits for it for long."""
+    monkeypatch.setattr(process_module, "ACKNOWLEDGE_TIMEOUT_S", 0.3)
+    async with serving(ram, background_port=0) as server, connected(server.port) as client:
+        assert server.background is not None
+        pid = server.background.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await client.open()
+        await eventually(lambda: server.background.is_up and server.background.pid != pid)
+
+
+async def test_background_process_that_always_dies_is_given_up(ram, monkeypatch):
+    monkeypatch.setattr(process_module, "RESTARTS_MAX", 1)
+    async with serving(ram, background_port=0) as server, connected(server.port) as client:
+        assert server.background is not None
+        seen = set()
+        while len(seen) < 2:
+            await eventually(lambda: server.background.is_up and server.background.pid not in seen)
+            seen.add(server.background.pid)
+            os.kill(server.background.pid, signal.SIGKILL)
+        await eventually(lambda: server.background.is_given_up)
+        opened = await client.open()
+        assert {lane.kind for lane in opened.lanes} == {pb.LANE_KIND_EXPRESS}
+        assert await client.fetch((0, 0, 200), name="Background") == PAGES
+
+
+async def test_background_port_in_use_is_an_error(ram, monkeypatch):
+    monkeypatch.setattr(process_module, "START_PAUSE_S", 0.01)
+    monkeypatch.setattr(process_module, "START_ATTEMPTS_MAX", 2)
+    async with serving(ram) as server:
+        with pytest.raises(FarfaultError, match="background process: cannot listen"):
+            async with serving(ram, background_port=server.port):
+                pass
 
 
 async def test_background_process_ends_a_released_lease(ram):

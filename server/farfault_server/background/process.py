@@ -24,6 +24,8 @@ from farfault_server.memory import PageRegion
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S: Final = 20.0
+START_ATTEMPTS_MAX: Final = 5
+START_PAUSE_S: Final = 0.3
 ACKNOWLEDGE_TIMEOUT_S: Final = 2.0
 """A child that has not taken up a change by then is killed: it must not serve under an old record."""
 STOP_TIMEOUT_S: Final = 2.0
@@ -44,6 +46,7 @@ class BackgroundProcess:
         tls: directory of the TLS files.
         log_level, json_logs: how the child logs.
         is_up: clients may connect to `port`.
+        is_given_up: it died too often and is not started again.
         stats: what all children so far have counted.
         lease_ids: leases that have streams in the child.
     """
@@ -55,6 +58,7 @@ class BackgroundProcess:
     log_level: str = "info"
     json_logs: bool = False
     is_up: bool = False
+    is_given_up: bool = False
     lease_ids: Sequence[str] = ()
     _dead_stats: LaneStats = field(default_factory=LaneStats)
     _last_stats: Message | None = None
@@ -82,12 +86,20 @@ class BackgroundProcess:
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
-        """Starts the child and waits until it serves.
+        """Starts the child and waits until it serves. The child of a server that was just killed may hold the port
+        for a moment longer, so a refusal is not taken at once.
 
         Raises:
             FarfaultError: it does not start; the message has its reason.
         """
-        ended = await self._spawn()
+        for attempt in range(START_ATTEMPTS_MAX):
+            try:
+                ended = await self._spawn()
+                break
+            except FarfaultError:
+                if attempt == START_ATTEMPTS_MAX - 1:
+                    raise
+                await asyncio.sleep(START_PAUSE_S)
         self._supervisor = asyncio.create_task(self._supervise(ended), name="supervise background process")
 
     async def publish(self) -> None:
@@ -218,6 +230,7 @@ class BackgroundProcess:
             code = await self._process.wait()
             deaths = 1 if loop.time() - started_s > HEALTHY_S else deaths + 1
             if deaths > RESTARTS_MAX:
+                self.is_given_up = True
                 logger.error("the background process died %d times: Background stays on the main port", deaths)
                 return
             logger.warning("the background process ended (%d): starting it again", code)
