@@ -1,0 +1,1 @@
+"""`farfault top`: a running move in a terminal."""
