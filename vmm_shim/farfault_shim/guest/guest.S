@@ -55,6 +55,7 @@
 .equ M_ACCESS_MAX_TICKS,  96
 .equ M_FILLED,            104           # pages filled
 .equ M_BOOTS,             112           # times that this vCPU started; never cleared
+.equ M_ACCESS_TICKS,      120           # TSC ticks of all accesses in the histogram
 
 .equ GOLDEN, 0x9E3779B97F4A7C15         # page n first holds (n + 1) * GOLDEN: never zero
 .equ SECOND_WORD, 2048                  # + 8 * vCPU: offset of the second word in each page
@@ -258,6 +259,7 @@ worker:
         mov     %rax, \field(%r15)
 .endr
         mov     %rax, M_ACCESS_MAX_TICKS(%r15)
+        mov     %rax, M_ACCESS_TICKS(%r15)
         incq    M_BOOTS(%r15)
 
         mov     %rdi, %r14
@@ -316,6 +318,7 @@ step:
         mov     (%rsi), %rbp            # the access that may fault
         read_tsc
         sub     %rcx, %rax
+        add     %rax, M_ACCESS_TICKS(%r15)
         cmp     M_ACCESS_MAX_TICKS(%r15), %rax
         jbe     1f
         mov     %rax, M_ACCESS_MAX_TICKS(%r15)

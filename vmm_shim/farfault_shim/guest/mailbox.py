@@ -18,7 +18,7 @@ from pathlib import Path
 from farfault_shim.guest.addresses import MAILBOX_BYTES, histogram_address, mailbox_address
 
 HISTOGRAM_BUCKETS = 64
-_MAILBOX = struct.Struct("<15Q")
+_MAILBOX = struct.Struct("<16Q")
 _HISTOGRAM = struct.Struct(f"<{HISTOGRAM_BUCKETS}Q")
 
 
@@ -50,6 +50,7 @@ class Mailbox:
         access_max_ticks: slowest access to a page, in ticks of the TSC.
         filled: pages filled.
         boots: times that the vCPU started; more than 1: the guest was reset.
+        access_ticks: ticks that all accesses in the histogram took together.
     """
 
     passes: int
@@ -67,6 +68,7 @@ class Mailbox:
     access_max_ticks: int
     filled: int
     boots: int
+    access_ticks: int
 
     @classmethod
     def unpack(cls, data: bytes) -> Mailbox:
