@@ -6,10 +6,11 @@ import errno
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
-from farfault_shim.annotate import AddressKind, Annotator, discover
+from farfault_shim.annotate import Annotator
 from farfault_shim.attach.wire import AddressSource, FaultSource, ReportKind
 from farfault_shim.guest import GuestParameters, Machine, total_touched, verify_ram
 from farfault_shim.guest.addresses import MAILBOXES, PARAMETERS, WORKER, histogram_address
@@ -21,6 +22,8 @@ from farfault_shim.refvmm.attachment import Attachment
 from farfault_shim.refvmm.boot import load_guest
 from farfault_shim.refvmm.machine import ReferenceVm, RunState
 from farfault_shim.refvmm.memory import GuestMemory
+from farfault_shim.sources import FaultSourceUnavailableError, choose
+from farfault_shim.sources.host import find_host_facts
 from refvmm_rig import MIB, mailboxes, needs_image, needs_kvm, ram_path, wait_for, wait_for_passes
 from tiny_receiver import TinyReceiver
 
@@ -29,13 +32,13 @@ PAGE_BYTES = 4096
 pytestmark = needs_image
 
 
-def annotator() -> Annotator:
-    """Of a tracepoint that fires here; shadow paging first, as its event also exists elsewhere."""
-    found = discover()
-    for kind in (AddressKind.GVA, AddressKind.GPA):
-        if found[kind].annotator is not None:
-            return found[kind].annotator  # type: ignore[return-value]
-    pytest.skip(f"no KVM tracepoint: {found[AddressKind.GVA].problem}")
+@cache
+def annotator() -> Annotator | None:
+    """Of the tracepoint that names the page of a bare exit on this host."""
+    try:
+        return choose(find_host_facts(), FaultSource.STOCK_NOWAIT.value, (FaultSource.STOCK_NOWAIT,)).annotator
+    except FaultSourceUnavailableError as error:
+        pytest.skip(str(error))
 
 
 class Far:

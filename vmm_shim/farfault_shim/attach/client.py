@@ -94,7 +94,8 @@ class AttachClient:
     Args:
         path: of the receiver's unix socket; it need not be there yet.
         blocks: of guest memory, in the order in which the source's page server names them.
-        fault_source: BLOCKING, STOCK_NOWAIT (every block has an alias), or SIMULATED (nothing is watched).
+        fault_source: BLOCKING, STOCK_NOWAIT (every block has an alias), KERNEL_NOWAIT (the memslots carry the
+            kernel's flag), or SIMULATED (nothing is watched).
         slots: memslots, in offsets of the blocks laid end to end; needed where vCPUs report exits.
         on_released: called once, on the client's thread, when the receiver has installed everything.
 

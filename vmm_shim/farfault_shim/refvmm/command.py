@@ -69,8 +69,14 @@ class SizeType(click.ParamType[int]):
     "--passes", type=click.IntRange(min=1), help="End when every vCPU has done so many rounds, and verify RAM."
 )
 @click.option("--json", "as_json", is_flag=True, help="With --passes: the result as JSON.")
-@click.option("--log-level", default="info", show_default=True, help="debug, info, warning or error.")
-@click.option("--log-json", is_flag=True, help="Log JSON lines.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least level logged.",
+)
+@click.option("--json-logs", is_flag=True, help="One JSON object a log line.")
 def reference_vmm(
     ram: Path,
     size: int,
@@ -90,7 +96,7 @@ def reference_vmm(
     passes: int | None,
     as_json: bool,
     log_level: str,
-    log_json: bool,
+    json_logs: bool,
 ) -> None:
     """A small VMM that can be moved while it runs: an example for VMM authors, and a VM for tests.
 
@@ -112,7 +118,7 @@ def reference_vmm(
     """
     from farfault_shim.refvmm.program import Options, run
 
-    configure_logging(level=log_level, as_json=log_json)
+    configure_logging(level=log_level, as_json=json_logs)
     if incoming and qmp is None:
         raise UsageError("--incoming defer without --qmp: nobody could tell it to load", "add --qmp PATH")
     options = Options(

@@ -245,14 +245,14 @@ def _wake_on_signals() -> Iterator[_Wake]:
 def _serve(vm: ReferenceVm, server: QmpServer | None, commands: QmpCommands, wake: _Wake, passes: int | None) -> None:
     """Returns when the VM is to end."""
     while not wake.is_set:
+        if vm.failure and (server is None or passes):
+            raise FarfaultError(vm.failure, "see the log; the RAM file is as the guest left it")
         if server is None:
-            if vm.failure:
-                raise FarfaultError(vm.failure, "see the log; the RAM file is as the guest left it")
             select.select([wake.descriptor], [], [], WATCH_INTERVAL_S)
         elif server.wait(wake.descriptor, WATCH_INTERVAL_S if passes else None):
             server.serve_once(commands.run, commands.passed)
         wake.drain()
-        if passes and not vm.failure and _passes_done(vm) >= passes:
+        if passes and _passes_done(vm) >= passes:
             return
 
 

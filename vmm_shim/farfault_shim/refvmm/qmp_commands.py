@@ -90,7 +90,7 @@ class QmpCommands:
 
     def do_query_status(self) -> dict[str, Any]:
         state = self._vm.run_state
-        return {"status": state.value, "running": state is RunState.RUNNING, "singlestep": False}
+        return {"status": state.value, "running": state is RunState.RUNNING}
 
     def do_query_memdev(self) -> list[dict[str, Any]]:
         return [{"id": MEMORY_ID, "size": self._vm.memory.size_bytes, "share": True}]
