@@ -130,7 +130,7 @@ def load(log_level: str, json_logs: bool, **options: Any) -> None:
         raise UsageError("--source HOST:PORT is missing", "name a page server; `farfault serve --synthetic` is one")
     as_json, html_path = options["as_json"], options["html_path"]
     earlier = read_earlier(options["compare_path"]) if options["compare_path"] else None
-    figures, steps = direct(test_of(options), quiet=as_json)
+    figures, steps = direct(described(options), quiet=as_json)
     if earlier is not None:
         figures["compare"] = compare(figures, earlier)
     if options["csv_path"] is not None:
@@ -158,7 +158,7 @@ def judge(figures: dict[str, Any]) -> None:
         raise SloError("the objective is broken: " + "; ".join(slo["broken"]))
 
 
-def test_of(options: dict[str, Any]) -> Any:
+def described(options: dict[str, Any]) -> Any:
     """The test that the command line describes.
 
     Raises:

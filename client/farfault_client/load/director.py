@@ -166,7 +166,7 @@ class Director:
     async def _measure(self, crew: Crew, rate_per_s: float | None, show: Show) -> Measurement:
         test = self._test
         start_at = time.monotonic() + START_DELAY_S
-        measurement = Measurement(rate_per_s, start_at + test.warmup_s)
+        measurement = Measurement(rate_per_s, start_at + test.warmup_s, test.duration_s)
         self._steps.append(measurement)
         title = f"measurement {len(self._steps)}: " + (
             f"{rate_per_s:,.0f} faults/s" if rate_per_s is not None else f"{test.vcpus} vCPUs"
@@ -176,7 +176,7 @@ class Director:
         def on_tally(worker: int, tally: Tally) -> None:
             nonlocal shown_at
             measurement.add(tally, is_background=worker == test.processes)
-            if time.monotonic() - shown_at > SHOW_INTERVAL_S:
+            if tally.faults and time.monotonic() - shown_at > SHOW_INTERVAL_S:
                 show(measurement, title)
                 shown_at = time.monotonic()
 
@@ -199,7 +199,7 @@ class Director:
             pattern=test.pattern,
             arrivals=test.arrivals,
             rate_per_s=test.rate_per_s,
-            vcpus=test.vcpus,
+            vcpus=sum(ready["vcpus"] for ready in crew.ready),
             connections=test.connections,
             processes=test.processes,
             warmup_s=test.warmup_s,

@@ -309,7 +309,8 @@ class FaultLoad:
             return page
         if self._present.is_complete and not self._is_measured:
             self._present.clear()  # the warm-up goes on; its pages do not count
-        elif self._present.is_complete:
+            return self._vcpus.next_page(vcpu, self._present, is_open_loop=self._schedule is not None)
+        if self._present.is_complete:
             self.stop(Ending.COMPLETE)
         elif self._vcpus.is_exhausted:
             self.stop(Ending.TRACE)
@@ -374,6 +375,11 @@ class FaultLoad:
                 self.tally.offered += count
                 self.tally.unfinished += count
                 record(self.tally.latency, until - due, count)
+
+    @property
+    def vcpu_count(self) -> int:
+        """Virtual vCPUs of this process; those of its share of the trace in a replay."""
+        return len(self._vcpus)
 
     @property
     def hits(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from farfault_cli import __version__
 
 from farfault_client.load.measurement import Measurement
-from farfault_client.load.plan import Arrivals, PatternPlan
+from farfault_client.load.plan import Arrivals, PatternKind, PatternPlan
 from farfault_client.load.slo import Objective, RateSearch
 from farfault_client.load.tally import figures_us
 
@@ -72,7 +72,8 @@ def figures_of(
     refusals: Counter[str] = Counter()
     for end in best.ends:
         refusals.update(end["refusals"])
-    planned = best.rate_per_s
+    is_replay = setup.pattern.kind is PatternKind.REPLAY  # some of its accesses may be no faults
+    planned = None if is_replay else best.rate_per_s
     return {
         "pages": total.pages,
         "errors": errors,
@@ -97,6 +98,7 @@ def figures_of(
         "asked_again_pages": total.asked_again + best.background.asked_again,
         "service_us": figures_us(total.service) if setup.open_loop else figures_us(total.latency),
         "issue_delay_us": figures_us(total.issue_delay),
+        "reconnects": int(best.sum_of("connects")),
         "elapsed_s": round(elapsed_s, 3),
         "ended_by": best.ends[0]["ended_by"],
         "worker_cpu_share": round(best.sum_of("cpu_s") / (elapsed_s + setup.warmup_s), 3) if elapsed_s > 0 else 0.0,

@@ -11,7 +11,7 @@ from typing import Any
 from farfault_cli.errors import UsageError
 
 from farfault_client.load.plot import Axis, Series, chart, linear_axis, log_axis
-from farfault_client.load.text import microseconds, rows_of, size
+from farfault_client.load.text import microseconds, rows_of, short_time, size
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --soft: #5a6472; --rule: #d5dae1;
@@ -23,9 +23,10 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 sy
 main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 48px; }
 h1 { font-size: 22px; margin: 0; } h2 { font-size: 17px; margin: 32px 0 10px; }
 .verdict { margin: 4px 0 20px; font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin-bottom: 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 10px; margin-bottom: 10px; }
 .tile { background: var(--card); border-radius: 8px; padding: 10px 14px; }
-.tile b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); }
+.tile b { display: block; font-size: 19px; font-variant-numeric: tabular-nums; white-space: nowrap; }
+ .tile span { color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 12px; min-width: 0; }
 figcaption { font-weight: 600; margin-bottom: 6px; } svg { display: block; width: 100%; height: auto; }
@@ -40,6 +41,8 @@ svg text { fill: var(--soft); font-size: 13px; } svg .y { text-anchor: end; } sv
 .legend i { display: inline-block; width: 16px; border-top: 3px solid; margin-right: 6px; vertical-align: middle; }
 .legend i.a { border-color: var(--a); } .legend i.b { border-color: var(--b); } .legend i.c { border-color: var(--c); }
 .legend i.bad { border-color: var(--bad); } .legend i.dashed { border-top-style: dashed; }
+.legend i.dots { width: 0; border-style: solid; border-width: 4px; border-radius: 4px; }
+td.why { min-width: 17em; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { font-weight: 600; color: var(--soft); white-space: nowrap; }
@@ -60,7 +63,7 @@ def write_html(path: Path, figures: dict[str, Any]) -> None:
 def html_of(figures: dict[str, Any]) -> str:
     """The report of a result."""
     title = f"Load test of {figures['setup']['target']}"
-    charts = [latency_by_percentile(figures), *over_time(figures)]
+    charts = [latency_by_percentile(figures), distribution(figures), *over_time(figures)]
     if (figures["slo"] or {}).get("steps"):
         charts.insert(0, search(figures["slo"]))
     return (
@@ -84,9 +87,9 @@ def latency_by_percentile(figures: dict[str, Any]) -> str:
         series.append(Series("earlier run", _tail(earlier), "b", is_dashed=True))
     points = [point for line in series for point in line.points] or [(1.0, 1.0)]
     highest = max(10.0, *(across for across, _ in points))
-    ticks = [mark for mark in (1.0, 2.0, 10.0, 100.0, 1e3, 1e4, 1e5) if mark <= highest * 1.001]
+    ticks = [mark for mark in (2.0, 10.0, 100.0, 1e3, 1e4, 1e5) if mark <= highest * 1.001]
     x = Axis(1.0, highest, ticks, _percent, is_log=True)
-    y = log_axis((up for _, up in points), microseconds)
+    y = log_axis((up for _, up in points), short_time)
     return chart("Latency by percentile", x, y, series, x_name="share of faults that waited no longer")
 
 
@@ -100,6 +103,21 @@ def _tail(percentiles: list[list[float]]) -> list[tuple[float, float]]:
 
 def _percent(odds: float) -> str:
     return f"{100.0 * (1.0 - 1.0 / odds):.5g}%"
+
+
+def distribution(figures: dict[str, Any]) -> str:
+    """The share of faults that waited no longer than a time."""
+    series = [Series("latency", _cumulative(figures["percentiles"]), "a")]
+    earlier = (figures.get("compare") or {}).get("earlier_percentiles")
+    if earlier:
+        series.append(Series("earlier run", _cumulative(earlier), "b", is_dashed=True))
+    x = log_axis((across for line in series for across, _ in line.points), short_time)
+    y = linear_axis(0.0, 100.0, lambda value: f"{value:g}%")
+    return chart("Share of faults by latency", x, y, series, x_name="waited no longer than")
+
+
+def _cumulative(percentiles: list[list[float]]) -> list[tuple[float, float]]:
+    return [(value, share) for share, value in percentiles]
 
 
 def over_time(figures: dict[str, Any]) -> list[str]:
@@ -121,7 +139,7 @@ def over_time(figures: dict[str, Any]) -> list[str]:
         Series("p99", line("p99_us"), "b"),
         Series("max", line("max_us"), "c"),
     ]
-    y = log_axis((value for series in latencies for _, value in series.points), microseconds)
+    y = log_axis((value for series in latencies for _, value in series.points), short_time)
     return [
         chart("Pages a second over time", x, linear_axis(0.0, highest or 1.0, _count), rates, x_name="time"),
         chart("Latency over time", x, y, latencies, x_name="time"),
@@ -137,8 +155,8 @@ def search(slo: dict[str, Any]) -> str:
         Series("broken", [(rate, value) for rate, value, holds in points if not holds], "bad", has_line=False),
     ]
     x = log_axis((rate for rate, _, _ in points), _count)
-    y = log_axis([objective["bound_us"], *(value for _, value, _ in points)], microseconds)
-    title = f"{objective['figure']} by rate; the line is the objective, {microseconds(objective['bound_us'])}"
+    y = log_axis([objective["bound_us"], *(value for _, value, _ in points)], short_time)
+    title = f"{objective['figure']} by rate; the line is the objective, {short_time(objective['bound_us'])}"
     return chart(title, x, y, series, x_name="faults offered a second", limit=objective["bound_us"])
 
 
@@ -198,7 +216,7 @@ def _steps(figures: dict[str, Any]) -> str:
         + (
             '<td class="good">holds</td>'
             if step["holds"]
-            else f'<td class="bad">{escape("; ".join(step["broken"]))}</td>'
+            else f'<td class="bad why">{escape("; ".join(step["broken"]))}</td>'
         )
         + "</tr>"
         for step in steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ class Measurement:
     Attributes:
         rate_per_s: that was asked for; None: closed loop or a trace.
         measured_from: when the warm-up ended, on CLOCK_MONOTONIC.
+        duration_s: planned; answers after it count in the last interval.
         interval_s: length of one point in time.
         intervals: what the faulting workers counted, by number of the interval.
         background: what the background worker counted.
@@ -27,6 +29,7 @@ class Measurement:
 
     rate_per_s: float | None
     measured_from: float
+    duration_s: float
     interval_s: float = 1.0
     intervals: dict[int, Tally] = field(default_factory=dict)
     background: Tally = field(default_factory=Tally)
@@ -39,7 +42,8 @@ class Measurement:
             self.background = merged((self.background, tally))
             return
         middle = (tally.started_at + tally.ended_at) / 2
-        index = max(0, int((middle - self.measured_from) / self.interval_s))
+        last = math.ceil(self.duration_s / self.interval_s) - 1
+        index = max(0, min(last, int((middle - self.measured_from) / self.interval_s)))
         known = self.intervals.get(index)
         self.intervals[index] = merged((known, tally)) if known is not None else tally
         if len(self.intervals) > INTERVALS_MAX:
@@ -72,7 +76,7 @@ class Measurement:
             tally = self.intervals.get(index, Tally())
             length_s = self.interval_s
             if index == last:
-                length_s = max(min(self.interval_s, self.elapsed_s - index * self.interval_s), 1e-3)
+                length_s = max(self.elapsed_s - index * self.interval_s, 1e-3)
             latency = percentiles_us(tally.latency)
             rows.append(
                 {

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 320
-LEFT, RIGHT, TOP, BOTTOM = 80, 22, 14, 44
+WIDTH, HEIGHT = 560, 330
+LEFT, RIGHT, TOP, BOTTOM = 76, 26, 14, 60
 DOTS_MAX = 60
 """A line of more points is drawn without dots."""
 
@@ -95,7 +95,7 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], *, x_name: str
     """
     body = [
         *_grid(x, y),
-        f'<text class="name" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}">{escape(x_name)}</text>',
+        f'<text class="name" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}">{escape(x_name)}</text>',
     ]
     if limit is not None:
         height = _y(y, limit)
@@ -103,15 +103,17 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], *, x_name: str
     for line in series:
         body += _draw(line, x, y)
     legend = "".join(
-        f'<span><i class="{line.style}{" dashed" if line.is_dashed else ""}"></i>{escape(line.name)}</span>'
-        for line in series
-        if line.points
+        f'<span><i class="{line.style} {_shape(line)}"></i>{escape(line.name)}</span>' for line in series if line.points
     )
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
         f'<div class="legend">{legend}</div></figure>'
     )
+
+
+def _shape(line: Series) -> str:
+    return "dots" if not line.has_line else "dashed" if line.is_dashed else "solid"
 
 
 def _x(axis: Axis, value: float) -> float:
@@ -131,7 +133,7 @@ def _grid(x: Axis, y: Axis) -> list[str]:
     for tick in x.ticks:
         across, floor = _x(x, tick), HEIGHT - BOTTOM
         marks.append(f'<line class="tick" x1="{across:.1f}" x2="{across:.1f}" y1="{floor}" y2="{floor + 4}"/>')
-        marks.append(f'<text class="x" x="{across:.1f}" y="{floor + 18}">{escape(x.label(tick))}</text>')
+        marks.append(f'<text class="x" x="{across:.1f}" y="{floor + 22}">{escape(x.label(tick))}</text>')
     return marks
 
 

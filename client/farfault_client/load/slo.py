@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from farfault_cli.errors import UsageError
 from hdrh.histogram import HdrHistogram
 
-from farfault_client.load.tally import Tally
+from farfault_client.load.tally import PRECISION, Tally
 
 UNITS_US = {"us": 1.0, "ms": 1e3, "s": 1e6}
 ACHIEVED_SHARE_MIN = 0.98
@@ -68,7 +68,7 @@ def broken(objectives: Iterable[Objective], tally: Tally) -> list[str]:
     found = []
     for objective in objectives:
         measured_us = objective.measure_us(tally.latency)
-        if measured_us > objective.bound_us:
+        if measured_us > objective.bound_us * (1 + PRECISION):
             found.append(
                 f"{objective.figure} is {measured_us / 1000:,.3f} ms, more than {objective.bound_us / 1000:g} ms"
             )

@@ -11,6 +11,8 @@ from hdrh.histogram import HdrHistogram
 LATENCY_US_MAX = 1_000_000_000
 """1000 s; a longer wait counts as this."""
 SIGNIFICANT_DIGITS = 3
+PRECISION = 10.0**-SIGNIFICANT_DIGITS
+"""Values this share apart may be told as one."""
 
 
 def new_histogram() -> HdrHistogram:

@@ -17,6 +17,14 @@ def microseconds(value: float) -> str:
     return f"{value / 1_000_000:.2f} s"
 
 
+def short_time(us: float) -> str:
+    """``5 ms``: for round numbers, without trailing zeros."""
+    for unit, per_unit in (("us", 1), ("ms", 1000)):
+        if us < 1000 * per_unit:
+            return f"{us / per_unit:g} {unit}"
+    return f"{us / 1_000_000:g} s"
+
+
 def size(size_bytes: float) -> str:
     """``512.0 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -86,7 +94,7 @@ def _verification(figures: dict[str, Any]) -> str:
 
 
 def _slo_rows(slo: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    bounds = ", ".join(f"{item['figure']} <= {microseconds(item['bound_us'])}" for item in slo["objectives"])
+    bounds = ", ".join(f"{item['figure']} <= {short_time(item['bound_us'])}" for item in slo["objectives"])
     if "steps" not in slo:
         yield "objective", f"{bounds}: " + ("holds" if slo["holds"] else "BROKEN: " + "; ".join(slo["broken"]))
         return

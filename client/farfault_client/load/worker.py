@@ -147,6 +147,7 @@ class Worker:
             "regions": [[region.size_bytes, region.page_size_bytes] for region in opened.regions],
             "server_version": opened.server_version,
             "carrier": sorted({self._stats(connection).carrier for connection in self._connections}),
+            "vcpus": self.load.vcpu_count if isinstance(self.load, FaultLoad) else 0,
             "verified_by": "seed" if self._verifier is not None else "checksum",
         }
 
