@@ -11,7 +11,7 @@ from typing import Final
 
 import grpc.aio
 from farfault.v1 import pages_pb2 as pb
-from farfault_cli.errors import UsageError
+from farfault_cli.errors import FarfaultError, UsageError
 from farfault_cli.tls import ServerTls
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -107,7 +107,12 @@ class PageServer:
         """
         memory = ServedMemory(self.regions)
         self.keeper = LeaseKeeper(self._load_book(), self.store, memory)
-        self.keeper.save_now()
+        try:
+            self.keeper.save_now()
+        except OSError as error:
+            raise UsageError(
+                f"cannot save the lease record: {error}", "make room in, or repair, the --state directory"
+            ) from error
         self.keeper.lease_ended = self.streams.end_lease
         self.owner = VmOwner(self.vmm, self.keeper)
         await self.owner.recover(abandon=self.config.abandon)
@@ -149,7 +154,10 @@ class PageServer:
     async def _refresh_tls(self, tls: ServerTls) -> None:
         while True:
             await asyncio.sleep(TLS_REFRESH_S)
-            tls.refresh()
+            try:
+                tls.refresh()
+            except FarfaultError as error:
+                logger.warning("the old certificate goes on: %s", error)
 
     def _load_book(self) -> LeaseBook:
         identity = [region.identity() for region in self.regions]
@@ -205,7 +213,10 @@ class PageServer:
     async def _watch_vm(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            await self.owner.check_stopped()
+            try:
+                await self.owner.check_stopped()
+            except FarfaultError as error:
+                logger.error("cannot check that the source VM stands still: %s", error)
 
     async def stop(self, drain_s: float = DRAIN_S) -> None:
         """Accepts nothing more, ends streams, closes. The VM and the leases stay as they are."""

@@ -128,7 +128,7 @@ class Leases(RuleBasedStateMachine):
 
 
 TestLeases = Leases.TestCase
-TestLeases.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLeases.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 def test_every_phase_but_the_last_can_be_left():

@@ -399,10 +399,10 @@ async def test_express_slow_reader():
         express = await Express.connect(client.lane(pb.LANE_KIND_EXPRESS))
         await express.hello(opened.lease_id, opened.token)
         express.writer.transport.pause_reading()
-        requests = [request(number, (0, number * 4096, 4096)) for number in range(64)]
+        requests = [request(number, (0, number * 4096, 4096)) for number in range(16)]
         express.send(*requests)
         stats = server.stats.express
-        await eventually(lambda: stats.requests == 64)
+        await eventually(lambda: stats.requests == 16)
         seen = -1
         while seen != stats.bytes:
             seen = stats.bytes
@@ -410,7 +410,7 @@ async def test_express_slow_reader():
         assert seen < 32 << 20
         express.writer.transport.resume_reading()
         done = set()
-        while len(done) < 64:
+        while len(done) < 16:
             done |= set((await express.batch()).done_request_ids)
         express.close()
 

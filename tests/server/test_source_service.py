@@ -8,7 +8,7 @@ import grpc.aio
 import pytest
 import xxhash
 from farfault.v1 import pages_pb2 as pb
-from farfault_cli.errors import FarfaultError
+from farfault_cli.errors import FarfaultError, UsageError
 from farfault_server.leases.book import LeaseBook
 from farfault_server.leases.phases import Phase
 from farfault_server.leases.store import MemoryStore
@@ -255,6 +255,21 @@ async def test_a_record_that_cannot_be_saved_stops_nothing(ram, vmm, store):
         assert server.keeper.book.phase is Phase.FROZEN
         store.fails = False
         await hand_over(client, last.generation)
+
+
+async def test_a_record_that_cannot_be_saved_at_the_start(ram, store):
+    store.fails = True
+    with pytest.raises(UsageError, match="lease record"):
+        async with serving(ram, store=store):
+            pass
+
+
+async def test_a_record_of_a_server_with_vmm_needs_one(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store):
+        pass
+    with pytest.raises(UsageError, match="with --qmp"):
+        async with serving(ram, store=store):
+            pass
 
 
 async def test_a_resume_that_fails_can_be_asked_again(ram, vmm, store):

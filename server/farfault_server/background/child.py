@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 import uvloop
@@ -29,6 +29,9 @@ from farfault_server.rpc.page_service import PageService, ServerStats
 from farfault_server.source_vm import VmOwner
 
 logger = logging.getLogger(__name__)
+
+STREAMS_END_S: Final = 1.0
+"""Streams that were told to end may send what they have for this long."""
 
 
 class Child:
@@ -71,7 +74,7 @@ class Child:
         finally:
             report.cancel()
             self._streams.end_all()
-            await self._server.stop(None)
+            await self._server.stop(STREAMS_END_S)
 
     def _follow(self, message: Message) -> None:
         self._keeper.adopt(book_from_json(message["book"]), readable=message["readable"])

@@ -175,7 +175,8 @@ class LeaseBook:
             raise RefusedError(
                 Code.FAILED_PRECONDITION if self.migration_lease is None else Code.ALREADY_EXISTS,
                 f"the VM was {self.phase.value} to a destination",
-                "a copy for reading can be had with a clone lease",
+                "if this is another VM, or that one has come back, end the server, remove its --state folder and start "
+                "it again; a copy for reading can be had with a clone lease",
             )
         holder = self.migration_lease
         if holder is None:
