@@ -139,5 +139,11 @@ class Layout:
         """The pages that a byte range touches. Raises IndexError outside the layout, ValueError for size < 1."""
         if size_bytes < 1:
             raise ValueError(f"a byte range needs a positive size, not {size_bytes}")
-        first = self.page_at(offset)
-        return PageRun(first, self.page_at(offset + size_bytes - 1) - first + 1)
+        region = self.region_at(offset)
+        page_size_bytes, last = region.page_size_bytes, offset + size_bytes - 1
+        first = region.first_page + (offset - region.offset_bytes) // page_size_bytes
+        if last < region.offset_bytes + region.size_bytes:
+            end = region.first_page + (last - region.offset_bytes) // page_size_bytes + 1
+        else:
+            end = self.page_at(last) + 1
+        return PageRun(PageIndex(first), end - first)

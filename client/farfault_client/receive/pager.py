@@ -16,7 +16,7 @@ from typing import Any
 
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
-from farfault_shim.attach.wire import Report, ReportKind, Verdict, VerdictKind
+from farfault_shim.attach.wire import Report, ReportKind, Slot, Verdict, VerdictKind
 from farfault_shim.exits.classifier import (
     Complete,
     Escalate,
@@ -57,6 +57,8 @@ DRAIN_PAUSE_S = 50e-6
 """Between two tries: the kernel refuses until the thread whose event was read has run again (mmap_changing)."""
 BACKGROUND_RETRY_S = 0.002
 """The background lane asks the engine again after this long when its window or cap was closed."""
+TIDS_AGE_MAX_S = 0.1
+"""A thread that is no known vCPU's is looked up again after this long."""
 REFUSAL_PAUSE_S = 0.05
 """A refused range is asked for again after this long, so that a refusing server is not hammered."""
 
@@ -135,7 +137,10 @@ class Pager:
         self._installer: Installer | None = None
         self._classifier: ExitClassifier | None = None
         self._pending: dict[int, Pending] = {}
+        self._slots: list[Slot] = []
+        self._slots_sorted = SlotTable([])
         self._tid_to_vcpu: dict[int, int] = {}
+        self._tids_read_at = float("-inf")
         self._presence: list[tuple[set[PageIndex], asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._background_timer: asyncio.TimerHandle | None = None
@@ -158,7 +163,7 @@ class Pager:
             )
         self._vmm = vmm
         self._installer = _installer_of(vmm)
-        self._classifier = ExitClassifier(self.layout, lambda: SlotTable(vmm.slots()), self.engine.pages)
+        self._classifier = ExitClassifier(self.layout, self._slot_table, self.engine.pages)
         self._pending.clear()
         for waiter in self.engine.waiting:
             self.engine.forget(waiter.key)
@@ -193,6 +198,14 @@ class Pager:
             asyncio.get_running_loop().remove_reader(self._vmm.uffd.fileno())
         self._unregistered = True
         self._installer.unregister()
+
+    def _slot_table(self) -> SlotTable:
+        """The memslots of this moment, sorted again only where they have changed."""
+        assert self._vmm is not None
+        slots = self._vmm.slots()
+        if slots is not self._slots:
+            self._slots, self._slots_sorted = slots, SlotTable(slots)
+        return self._slots_sorted
 
     def _reported(self, channel: VcpuChannel, report: Report) -> None:
         if report.kind is ReportKind.START:
@@ -233,7 +246,7 @@ class Pager:
         assert self._vmm is not None
         self.stats.starts += 1
         self._tid_to_vcpu = self._vmm.vcpu_tids()
-        slots = SlotTable(self._vmm.slots())
+        slots = self._slot_table()
         paravirtual = {Gpa(msr & ~(TABLE_BYTES - 1)) for msr in report.msrs if msr & 1}
         await self._preinstall(slots, paravirtual)
         if self._vmm.alias_uffd is not None:
@@ -282,8 +295,9 @@ class Pager:
 
     def _is_vcpu(self, thread_id: int) -> bool:
         assert self._vmm is not None
-        if thread_id not in self._tid_to_vcpu:
-            self._tid_to_vcpu = self._vmm.vcpu_tids()
+        now = time.monotonic()
+        if thread_id not in self._tid_to_vcpu and now - self._tids_read_at >= TIDS_AGE_MAX_S:
+            self._tid_to_vcpu, self._tids_read_at = self._vmm.vcpu_tids(), now
         return thread_id in self._tid_to_vcpu
 
     def _removed(self, start: int, end: int) -> None:

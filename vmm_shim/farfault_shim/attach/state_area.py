@@ -38,6 +38,8 @@ class StateArea:
     """
 
     def __init__(self, descriptor: int, *, writable: bool = False) -> None:
+        self._slots: list[Slot] = []
+        self._slots_sequence = -1
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
             self._memory = mmap.mmap(descriptor, STATE_BYTES, flags=mmap.MAP_SHARED, prot=access)
@@ -49,20 +51,24 @@ class StateArea:
             raise ProtocolError("the descriptor named state is not a state area of this version")
 
     def slots(self) -> list[Slot]:
-        """The memslots in use, read under the seqlock.
+        """The memslots in use, read under the seqlock; the same list for as long as they have not changed.
 
         Raises:
             ProtocolError: the writer stopped in the middle of a change.
         """
         for _ in range(SEQLOCK_TRIES_MAX):
             before = self._sequence()
+            if before == self._slots_sequence:
+                return self._slots
             data = self._memory[STATE_HEAD.size : _VCPUS_OFFSET]
             if before % 2 == 0 and before == self._sequence():
-                return [
+                self._slots = [
                     Slot(slot_id, flags, Gpa(gpa), size, FlatOffset(offset))
                     for slot_id, flags, gpa, size, offset in SLOT.iter_unpack(data)
                     if size
                 ]
+                self._slots_sequence = before
+                return self._slots
         raise ProtocolError("the VMM's memslots do not settle")
 
     def write_slots(self, slots: Sequence[Slot]) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import Final
 
 from farfault_shim.attach.state_area import StateArea
 from farfault_shim.attach.wire import (
@@ -30,9 +29,6 @@ from farfault_shim.layout import Layout
 from farfault_shim.uffd.userfaultfd import Userfaultfd
 
 logger = logging.getLogger(__name__)
-
-REPORTS_PER_WAKEUP_MAX: Final = 4
-"""A vCPU has one report outstanding, and at most a few stale ones before it."""
 
 
 class VcpuChannel:
@@ -65,25 +61,25 @@ class VcpuChannel:
             self._socket.close()
 
     def _read(self, on_report: Callable[[VcpuChannel, Report], None]) -> None:
-        for _ in range(REPORTS_PER_WAKEUP_MAX):
-            try:
-                data = self._socket.recv(REPORT.size + 1)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self.close()
-                return
-            try:
-                report = Report.unpack(data)
-                if report.vcpu != self.vcpu:
-                    raise ProtocolError(f"a report of vCPU {report.vcpu} on the channel of {self.vcpu}")
-            except ProtocolError as error:
-                logger.error("vCPU %d: %s; its channel is closed", self.vcpu, error)
-                self.close()
-                return
-            on_report(self, report)
+        """One report a wake-up: a vCPU has one outstanding, and the loop calls again for a stale one before it."""
+        try:
+            data = self._socket.recv(REPORT.size + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        try:
+            report = Report.unpack(data)
+            if report.vcpu != self.vcpu:
+                raise ProtocolError(f"a report of vCPU {report.vcpu} on the channel of {self.vcpu}")
+        except ProtocolError as error:
+            logger.error("vCPU %d: %s; its channel is closed", self.vcpu, error)
+            self.close()
+            return
+        on_report(self, report)
 
 
 class AttachedVmm:

@@ -37,6 +37,9 @@ PARAVIRTUAL_MSRS: Final = (
 FRAME: Final = struct.Struct("<II")
 VCPU_HELLO: Final = struct.Struct("<II")
 REPORT: Final = struct.Struct("<IHHIIiiIIQQQQQQIIQQQQ12Q")
+_REPORT_HEAD: Final = struct.Struct("<IHHIIiiIIQQQQQQII")
+_REPORT_TAIL: Final = struct.Struct("<QQQQ12Q")
+"""Registers and MSRs: only a START has values there."""
 VERDICT: Final = struct.Struct("<IIIIQQ")
 STATE_HEAD: Final = struct.Struct("<IIIII44x")
 SLOT: Final = struct.Struct("<IIQQQ")
@@ -161,19 +164,27 @@ class Report(NamedTuple):
         """Raises ProtocolError for a wrong size, magic or enum value."""
         if len(data) != REPORT.size:
             raise ProtocolError(f"a report of {len(data)} bytes instead of {REPORT.size}")
-        magic, kind, source, vcpu, seq, *rest = REPORT.unpack(data)
+        magic, kind, source, vcpu, seq, *scalars, is_write, translate_failed = _REPORT_HEAD.unpack_from(data)
         if magic != REPORT_MAGIC:
             raise ProtocolError(f"report magic {magic:#x}")
-        try:
-            report_kind, address_source = ReportKind(kind), AddressSource(source)
-        except ValueError as error:
-            raise ProtocolError(str(error)) from None
+        report_kind, address_source = _REPORT_KINDS.get(kind), _ADDRESS_SOURCES.get(source)
+        if report_kind is None or address_source is None:
+            wrong = (
+                f"{kind} is not a valid ReportKind" if report_kind is None else f"{source} is not a valid AddressSource"
+            )
+            raise ProtocolError(wrong)
         if vcpu >= VCPUS_MAX:
             raise ProtocolError(f"vCPU {vcpu}, more than {VCPUS_MAX}")
-        *scalars, is_write, translate_failed, cr0, cr3, cr4, efer = rest[: -len(PARAVIRTUAL_MSRS)]
-        registers = (cr0, cr3, cr4, efer, tuple(rest[-len(PARAVIRTUAL_MSRS) :]))
-        flags = (bool(is_write), bool(translate_failed))
-        return cls._make((report_kind, vcpu, seq, address_source, *scalars, *flags, *registers))
+        fields = (report_kind, vcpu, seq, address_source, *scalars, bool(is_write), bool(translate_failed))
+        if report_kind is ReportKind.EXIT:
+            return cls._make((*fields, *_NO_REGISTERS))
+        cr0, cr3, cr4, efer, *msrs = _REPORT_TAIL.unpack_from(data, _REPORT_HEAD.size)
+        return cls._make((*fields, cr0, cr3, cr4, efer, tuple(msrs)))
+
+
+_NO_REGISTERS: Final = (0, 0, 0, 0, (0,) * len(PARAVIRTUAL_MSRS))
+_REPORT_KINDS: Final = {int(kind): kind for kind in ReportKind}
+_ADDRESS_SOURCES: Final = {int(source): source for source in AddressSource}
 
 
 class Verdict(NamedTuple):

@@ -261,6 +261,8 @@ class ExitClassifier:
             pages = self._layout.pages_of_bytes(slot.offset_bytes + gpa - slot.gpa, size_bytes)
         except IndexError:
             return None
+        if pages.count == 1:
+            return () if self._pages.is_present(pages.first) else (pages,)
         absent: list[PageRun] = []
         for page in range(pages.first, pages.end):
             if self._pages.is_present(page):
