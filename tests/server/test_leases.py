@@ -1,5 +1,6 @@
 """The lease record: any sequence of calls keeps it in order, and any crash while saving leaves one whole record."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +24,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 LEASES_MAX = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_leftovers():
+    """Garbage of earlier tests goes now: collected while Hypothesis parses source, it breaks CPython's parser."""
+    gc.collect()
 
 
 def open_lease(book: LeaseBook, kind: int = MIGRATION, idle_s: float = 0.0, **fields):

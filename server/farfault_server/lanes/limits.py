@@ -1,4 +1,9 @@
-"""Every bound on what one client may ask for and make the server hold."""
+"""Every bound on what one client may ask for and make the server hold.
+
+A stream holds at most `RANGES_WAITING_MAX` ranges and one message more, one batch, and what flow control lets through
+(express: `connection.WRITE_BYTES_HIGH`); a lease has at most `streams.STREAMS_PER_LEASE_MAX` streams. A client that
+does not read is not read from.
+"""
 
 from __future__ import annotations
 
