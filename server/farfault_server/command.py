@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LISTEN: Final = "127.0.0.1:7777"
 SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 ADMISSION_VARIABLE: Final = "FARFAULT_ADMISSION_TOKEN_FILE"
 
 GRPC_ENVIRONMENT: Final = {
@@ -109,7 +110,7 @@ class Size(click.ParamType["int"]):
 )
 @click.option("--leases-max", type=click.IntRange(1, 1024), default=64, show_default=True, help="Leases at a time.")
 @click.option("--metrics", metavar="HOST:PORT", help="Answer Prometheus here.")
-@click.option("--log-level", default="info", show_default=True, help="debug, info, warning, error.")
+@click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True, help="Least to log.")
 @click.option("--json-logs", is_flag=True, help="One JSON object a line.")
 def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **options: Any) -> None:
     """Serve the memory of a VM, page by page.
