@@ -11,8 +11,8 @@ QUEUE_S: Final = 0.002
 """Round trips may be longer than the shortest one by this much, or by a quarter, while the window still grows."""
 PACE_S: Final = 0.005
 """While threads wait, one background batch is sent in this time: the lane's guaranteed share."""
-SHORTEST_MEMORY_S: Final = 5.0
-"""The shortest round trip is that of the last 5 to 10 seconds."""
+EPOCH_S: Final = 2.0
+"""The shortest round trip is measured anew after this time, with the queue drained first: ways change."""
 
 
 @dataclass
@@ -38,8 +38,9 @@ class BackgroundWindow:
         self._last_fault_at = float("-inf")
         self._last_shrink_at = float("-inf")
         self._last_sent_at = float("-inf")
-        self._shortest_s = [float("inf"), float("inf")]
+        self._shortest_s = float("inf")
         self._epoch_began_at = float("-inf")
+        self._holds_until = float("-inf")
 
     def allows(self, in_flight_bytes: int, threads_wait: bool, now: float) -> bool:
         """True if another batch may be sent at `now` (seconds)."""
@@ -60,23 +61,27 @@ class BackgroundWindow:
 
     def arrived(self, size_bytes: int, now: float, round_trip_s: float = 0.0) -> None:
         """Background bytes arrived at `now`, asked for `round_trip_s` ago."""
-        shortest_s = self._shortest(round_trip_s, now)
-        if now - self._last_fault_at < QUIET_S:
+        if now - self._epoch_began_at > EPOCH_S:
+            self._begin_epoch(round_trip_s, now)
+        self._shortest_s = min(self._shortest_s, round_trip_s)
+        if now - self._last_fault_at < QUIET_S or now < self._holds_until:
             return
-        queued_s = round_trip_s - shortest_s
-        if queued_s <= max(QUEUE_S, shortest_s / 4):
+        queued_s = round_trip_s - self._shortest_s
+        if queued_s <= max(QUEUE_S, self._shortest_s / 4):
             self.size_bytes = min(self.ceiling_bytes, self.size_bytes + size_bytes)
-        elif queued_s > max(2 * QUEUE_S, shortest_s):
+        elif queued_s > max(2 * QUEUE_S, self._shortest_s):
             self.size_bytes = max(self.floor_bytes, self.size_bytes - size_bytes // 4)
 
     def lost(self) -> None:
         """The connection was lost; the next one may go another way."""
         self.size_bytes = self.floor_bytes
-        self._shortest_s = [float("inf"), float("inf")]
+        self._shortest_s = float("inf")
+        self._epoch_began_at = float("-inf")
 
-    def _shortest(self, round_trip_s: float, now: float) -> float:
-        if now - self._epoch_began_at > SHORTEST_MEMORY_S:
-            self._epoch_began_at = now
-            self._shortest_s = [float("inf"), self._shortest_s[0]]
-        self._shortest_s[0] = min(self._shortest_s[0], round_trip_s)
-        return min(self._shortest_s)
+    def _begin_epoch(self, round_trip_s: float, now: float) -> None:
+        """Leaves as much in flight as the way holds without a queue, until what was sent before has arrived."""
+        if self._shortest_s < round_trip_s:
+            self.size_bytes = max(self.floor_bytes, int(self.size_bytes * self._shortest_s / round_trip_s))
+            self._holds_until = now + round_trip_s
+        self._epoch_began_at = now
+        self._shortest_s = float("inf")

@@ -1,0 +1,161 @@
+"""The background's credit: what it fills, and how it yields, on a simulated link."""
+
+from __future__ import annotations
+
+import heapq
+import random
+
+import pytest
+from farfault_client.engine import EngineConfig, Extent, ExtentResult, FaultEngine, Fetch, Priority
+from farfault_client.engine.window import PACE_S, QUEUE_S, QUIET_S, BackgroundWindow
+from farfault_shim.layout import Layout, PageIndex
+
+PAGE, HUGE = 4096, 2 << 20
+BATCH = 256 << 10
+
+
+class Link:
+    """A page server behind a link of some bandwidth and delay; both lanes share the link, demand goes first."""
+
+    def __init__(self, engine: FaultEngine, bytes_per_s: float, rtt_s: float, jitter_s: float = 0.0) -> None:
+        self.engine, self.bytes_per_s, self.rtt_s, self.jitter_s = engine, bytes_per_s, rtt_s, jitter_s
+        self.now = 0.0
+        self.rng = random.Random(1)
+        self.queue: list[tuple[float, int, Fetch]] = []
+        self.free_at = 0.0
+        self.background_sent: list[float] = []
+        self.in_flight_max = 0
+
+    def pump(self) -> None:
+        while fetch := self.engine.next_demand():
+            self._send(fetch)
+        while fetch := self.engine.next_background(self.now):
+            self.background_sent.append(self.now)
+            self._send(fetch)
+        self.in_flight_max = max(self.in_flight_max, self.engine.background_in_flight_bytes)
+
+    def _send(self, fetch: Fetch) -> None:
+        begin = (
+            self.now + self.rtt_s / 2
+            if fetch.priority <= Priority.VMM
+            else max(self.now + self.rtt_s / 2, self.free_at)
+        )
+        end = begin + fetch.size_bytes / self.bytes_per_s
+        self.free_at = max(self.free_at + fetch.size_bytes / self.bytes_per_s, end)
+        arrives = end + self.rtt_s / 2 + self.rng.random() * self.jitter_s
+        heapq.heappush(self.queue, (arrives, fetch.request_id, fetch))
+
+    def run(self, until: float) -> None:
+        """Answers arrive until a time, or until everything is there."""
+        while not self.engine.finished and self.now < until:
+            self.pump()
+            step = self.now + 0.002
+            if self.queue and self.queue[0][0] <= step:
+                self.now, _, fetch = heapq.heappop(self.queue)
+                extents = [Extent(run, ExtentResult.DATA) for run in fetch.runs]
+                for order in self.engine.arrived(extents, [fetch.request_id], self.now):
+                    self.engine.installed(order.run)
+            else:
+                self.now = step
+
+
+def _engine(size_bytes: int, page: int = PAGE) -> FaultEngine:
+    return FaultEngine(Layout([(size_bytes, page)]), EngineConfig(batch_bytes_max=BATCH))
+
+
+@pytest.mark.parametrize(
+    ("gbit_per_s", "rtt_ms"), [(10, 25), (10, 1), (1, 25), (25, 0.2), (10, 0.05), (1, 100), (0.1, 25)]
+)
+def test_a_quiet_guest_fills_the_link(gbit_per_s: float, rtt_ms: float) -> None:
+    """Slow start included, over eighty round trips or more."""
+    bytes_per_s, rtt_s = gbit_per_s / 8 * 1e9, rtt_ms / 1000
+    size_bytes = max(256 << 20, int(80 * bytes_per_s * rtt_s)) // HUGE * HUGE
+    link = Link(_engine(size_bytes), bytes_per_s, rtt_s)
+    link.run(1e9)
+    assert size_bytes / bytes_per_s / link.now > 0.8
+
+
+def test_jitter_does_not_starve_it() -> None:
+    link = Link(_engine(2 << 30), 1.25e9, 0.025, jitter_s=0.005)
+    link.run(1e9)
+    assert (2 << 30) / 1.25e9 / link.now > 0.8
+
+
+def test_the_queue_on_the_way_stays_short() -> None:
+    """A window without end would put seconds of bytes before the next fault on a slow link."""
+    link = Link(_engine(1 << 30), 125e6, 0.001)  # eight seconds: four epochs
+    link.run(1e9)
+    assert link.in_flight_max <= 125e6 * (0.001 + 3 * QUEUE_S) + 4 * BATCH
+
+
+def test_a_longer_way_is_learnt() -> None:
+    link = Link(_engine(6 << 30), 1.25e9, 0.001)
+    link.run(0.2)
+    link.rtt_s = 0.025
+    link.run(3.0)
+    settled_pages = link.engine.settled_pages
+    link.run(4.5)
+    assert (link.engine.settled_pages - settled_pages) * PAGE / 1.5 > 0.8 * 1.25e9
+
+
+def test_it_yields_within_one_batch() -> None:
+    """From the moment that a thread waits, one batch in `PACE_S` is sent, whatever the window was."""
+    link = Link(_engine(1 << 30), 1.25e9, 0.025)
+    link.run(0.3)
+    assert link.engine.window.size_bytes > 8 << 20
+    sent_before = len(link.background_sent)
+    begin = link.now
+    link.engine.fault("vcpu", [PageIndex(200_000)], Priority.VCPU, begin)
+    link.run(begin + 3 * PACE_S)
+    assert link.engine.waiting
+    assert len(link.background_sent) - sent_before <= 3
+
+
+def test_a_guest_that_faults_without_pause_does_not_starve_it() -> None:
+    """Threads wait at all times; the background still gets one batch in each `PACE_S`, up to its floor."""
+    engine = _engine(64 << 20)
+    link = Link(engine, 1.25e9, 0.001)
+    pages = iter(random.Random(2).sample(range(1 << 14), 1 << 14))
+    while not engine.finished and link.now < 5.0:
+        while len(engine.waiting) < 4 and not engine.finished:
+            page = next(pages, None)
+            if page is None:
+                break
+            engine.fault(page % 64, [PageIndex(page)], Priority.VCPU, link.now)
+        link.run(link.now + 0.0005)
+    share = len(link.background_sent) * PACE_S / link.now
+    assert share > 0.5
+    assert engine.finished
+
+
+def test_the_window_halves_once_in_a_while_and_not_below_its_floor() -> None:
+    window = BackgroundWindow()
+    window.size_bytes = 16 << 20
+    window.fault(1.0)
+    window.fault(1.0 + QUIET_S / 2)
+    assert window.size_bytes == 8 << 20
+    for step in range(20):
+        window.fault(2.0 + step)
+    assert window.size_bytes == window.floor_bytes
+
+
+def test_it_grows_only_in_quiet_times_and_up_to_its_ceiling() -> None:
+    window = BackgroundWindow()
+    window.fault(1.0)
+    window.arrived(BATCH, 1.0 + QUIET_S / 2, 0.001)
+    assert window.size_bytes == window.floor_bytes
+    for step in range(1000):
+        window.arrived(BATCH, 2.0 + step * 0.001, 0.001)
+    assert window.size_bytes == window.ceiling_bytes
+
+
+def test_longer_round_trips_stop_it_and_much_longer_ones_shrink_it() -> None:
+    window = BackgroundWindow()
+    window.arrived(BATCH, 1.0, 0.010)
+    size = window.size_bytes
+    window.arrived(BATCH, 1.1, 0.010 + 0.003)
+    assert window.size_bytes == size
+    window.arrived(BATCH, 1.2, 0.030)
+    assert window.size_bytes < size
+    window.lost()
+    assert window.size_bytes == window.floor_bytes
