@@ -181,14 +181,15 @@ def test_memory_that_another_process_does_not_have(holder):
 @pytest.fixture
 def huge_memfd() -> Iterator[int]:
     """A memfd of four huge pages, the second and the last of them written."""
-    before = HUGE_PAGES.read_text()
+    before = int(HUGE_PAGES.read_text())
     try:
-        HUGE_PAGES.write_text("4")
+        HUGE_PAGES.write_text(str(before + 4))  # others may use theirs meanwhile
     except OSError:
         pytest.skip("needs the right to reserve huge pages")
+    reserved = int(HUGE_PAGES.read_text()) - before
     descriptor = os.memfd_create("huge", os.MFD_HUGETLB)
     try:
-        if int(HUGE_PAGES.read_text()) < 4:
+        if reserved < 4:
             pytest.skip("needs 8 MiB of unfragmented memory")
         os.ftruncate(descriptor, 4 * HUGE)
         with mmap.mmap(descriptor, 4 * HUGE) as memory:
@@ -197,7 +198,7 @@ def huge_memfd() -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-        HUGE_PAGES.write_text(before)
+        HUGE_PAGES.write_text(str(int(HUGE_PAGES.read_text()) - reserved))
 
 
 def test_huge_pages(huge_memfd):
