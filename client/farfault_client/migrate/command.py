@@ -26,6 +26,7 @@ from farfault_client.receive.summary import summary_of
 
 RECEIVER_START_TIMEOUT_S = 30.0
 RECEIVER_POLL_S = 0.02
+RECEIVER_END_TIMEOUT_S = 5.0
 
 
 @click.command()
@@ -93,7 +94,7 @@ def migrate(
         arguments += ["--no-express"] if no_express else []
         arguments += ["--bandwidth", str(bandwidth)] if bandwidth else []
         arguments += ["--log-level", log_level] + (["--json-logs"] if json_logs else [])
-        with started_receiver(arguments) as own_control:
+        with started_receiver(arguments, ends_with_us=check) as own_control:
             figures = asyncio.run(_act(own_control, check=check, watch=resume, quiet=as_json))
     if as_json:
         click.echo(json.dumps(figures))
@@ -102,8 +103,12 @@ def migrate(
 
 
 @contextmanager
-def started_receiver(arguments: list[str]) -> Iterator[Path]:
+def started_receiver(arguments: list[str], *, ends_with_us: bool = False) -> Iterator[Path]:
     """Runs `farfault receive` in a session of its own, so that it outlives us; gives its control socket.
+
+    Args:
+        arguments: of the command.
+        ends_with_us: nothing was moved: the receiver is told to end, and gives its lease back.
 
     Raises:
         FarfaultError: it ended before it listened; with its own words and exit code on standard error.
@@ -115,12 +120,17 @@ def started_receiver(arguments: list[str]) -> Iterator[Path]:
         try:
             _wait_for(control, receiver)
             yield control
+        except UnreachableError:
+            _end_as(receiver)
+            raise
         except BaseException:
             if receiver.poll() is None and not isinstance(sys.exception(), KeyboardInterrupt):
                 receiver.terminate()
             raise
         finally:
             if receiver.poll() is None and sys.exception() is None:
+                if ends_with_us:
+                    receiver.terminate()
                 receiver.wait(RECEIVER_START_TIMEOUT_S)
 
 
@@ -133,6 +143,17 @@ def _wait_for(control: Path, receiver: subprocess.Popen[bytes]) -> None:
             sys.exit(receiver.returncode)
         time.sleep(RECEIVER_POLL_S)
     raise UnreachableError("the receiver does not start", "see its log above")
+
+
+def _end_as(receiver: subprocess.Popen[bytes]) -> None:
+    """Exits like a receiver that ended by itself before it could be asked; ends one that only does not answer."""
+    try:
+        code = receiver.wait(RECEIVER_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        receiver.terminate()
+    else:
+        if code > 0:  # it has said why on standard error, which is ours too
+            sys.exit(code)
 
 
 async def _act(

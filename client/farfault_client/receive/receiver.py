@@ -324,10 +324,13 @@ class Receiver:
             await destination.cont()
 
     async def _reopen(self, record: Record) -> None:
+        lease = record.lease
+        if record.step is Step.SUSPENDING:
+            lease = lease._replace(generation=0)  # the source may run again; nothing of its memory is here
         waits = backoff(random.random)
         while True:
             try:
-                await self.session.open(record.lease)
+                await self.session.open(lease)
                 return
             except UnreachableError as error:
                 if record.step not in RESTART_STEPS:
