@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard proto/farfault/v1/*.proto)
 
-.PHONY: demo test unit check bench proto native setup clean help
+.PHONY: demo test unit check bench bench-docs proto native setup clean help
 
 help:
 	@echo "make demo   a real VM moves by post-copy on this machine"
@@ -32,7 +32,13 @@ check: $(VENV)/.installed native
 	@$(BIN)/lint-imports
 
 bench: setup
-	@$(BIN)/farfault bench $(BENCH_FLAGS)
+	@$(BIN)/farfault bench compare --quick $(BENCH_FLAGS)
+
+# Everything that docs/benchmarks.md shows, anew. Leave the machine alone meanwhile.
+bench-docs: setup
+	@$(BIN)/farfault bench compare --markdown docs/benchmarks.md $(BENCH_FLAGS)
+	@$(BIN)/farfault bench micro --markdown docs/benchmarks.md
+	@$(BIN)/farfault bench vcpus --markdown docs/benchmarks.md
 
 # The virtual environment follows pyproject.toml.
 $(VENV)/.installed: pyproject.toml

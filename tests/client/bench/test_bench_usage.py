@@ -1,0 +1,38 @@
+"""CPU time and memory from /proc, of this very process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from farfault_client.bench.compare.usage import busy_cpu_s, cpu_s, memory, tree
+
+
+def test_a_process_and_its_children() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert {os.getpid(), child.pid} <= set(tree(os.getpid()))
+    finally:
+        child.communicate(b"\n")
+
+
+def test_cpu_time_grows_by_what_was_used() -> None:
+    before, busy_before = cpu_s([os.getpid()]), busy_cpu_s()
+    ours = os.times()
+    while sum(os.times()[:2]) - sum(ours[:2]) < 0.05:
+        sum(range(10_000))
+    assert cpu_s([os.getpid()]) - before >= 0.04
+    assert busy_cpu_s() - busy_before >= 0.04
+
+
+def test_memory_of_a_process() -> None:
+    used = memory([os.getpid()])
+    assert used.rss >= used.pss >= used.own > 1 << 20
+
+
+def test_a_process_that_is_gone_counts_nothing() -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert cpu_s([child.pid]) == 0
+    assert memory([child.pid]) == (0, 0, 0)
