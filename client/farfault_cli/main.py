@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import entry_points
 
@@ -11,6 +12,11 @@ from farfault_cli import __version__
 from farfault_cli.errors import FarfaultError
 
 ENTRY_POINT_GROUP = "farfault.commands"
+GRPC_ENVIRONMENT = {
+    "GRPC_ENABLE_FORK_SUPPORT": "0",  # child processes are started with exec: nothing of gRPC lives on in them
+    "GRPC_VERBOSITY": "ERROR",  # what goes wrong with a connection is logged by us, as text or JSON
+}
+"""Read by gRPC when it is loaded; what the user has set stays."""
 
 
 class EntryPointGroup(click.Group):
@@ -47,6 +53,8 @@ def farfault() -> None:
 
 def main() -> None:
     """Entry point: runs the command; a FarfaultError becomes one message and its exit code."""
+    for variable, value in GRPC_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     try:
         farfault(standalone_mode=False)
     except FarfaultError as error:

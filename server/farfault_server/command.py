@@ -30,12 +30,6 @@ SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 ADMISSION_VARIABLE: Final = "FARFAULT_ADMISSION_TOKEN_FILE"
 
-GRPC_ENVIRONMENT: Final = {
-    "GRPC_ENABLE_FORK_SUPPORT": "0",  # the background process is started with exec: nothing of gRPC lives on in it
-    "GRPC_VERBOSITY": "ERROR",  # what goes wrong with a connection is logged here, as text or JSON
-}
-"""Read by gRPC when it is loaded."""
-
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
@@ -131,11 +125,8 @@ def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **op
     SIGTERM ends the server and never touches the VM; SIGUSR1 writes its state to the log.
     """
     configure_logging(level=log_level, as_json=json_logs)
-    for variable, value in GRPC_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
     import uvloop
-
-    from farfault_server.heap import keep_freed_memory
+    from farfault_cli.heap import keep_freed_memory
 
     keep_freed_memory()
     named = ServeOptions(is_frozen=frozen, is_insecure=insecure, log_level=log_level, json_logs=json_logs, **options)

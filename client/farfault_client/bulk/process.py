@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import grpc.aio
+from farfault_cli.heap import keep_freed_memory
 from farfault_shim.layout import Layout
 
 from farfault_client.bulk.messages import (
@@ -137,6 +138,7 @@ class BulkProcess:
 def main() -> None:
     """Entry point of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the receiver's to handle
+    keep_freed_memory()
     descriptor, ring_descriptor, slot_bytes = map(int, sys.argv[1:4])
     connection = socket.socket(fileno=descriptor)
     connection.setblocking(False)

@@ -109,7 +109,9 @@ def receive(
 
 def _run(config: ReceiverConfig, control: Path | None, watched: ObserveOptions, *, now: bool) -> rpb.MigrationStatus:
     import uvloop
+    from farfault_cli.heap import keep_freed_memory
 
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_receive(config, control, watched, now=now))
 
