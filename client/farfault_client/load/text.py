@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+OWN_DELAY_SHARE_MAX = 0.25
+"""Where the generator itself was late by more than this share of the p99, the figures say more about its own host."""
 LATENCY_NAMES = {"p50": "p50", "p90": "p90", "p99": "p99", "p999": "p99.9", "max": "max"}
 
 
@@ -68,6 +70,8 @@ def rows_of(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "issued late by", latencies(figures["issue_delay_us"])
         if figures["unfinished"]:
             yield "fell behind", f"{figures['unfinished']:,} faults were due but not issued before the end"
+        elif figures["issue_delay_us"]["p99"] > OWN_DELAY_SHARE_MAX * figures["latency_us"]["p99"]:
+            yield "take care", "much of the latency is the load generator's own: it needs more CPU, or more --processes"
     if figures["writes"]:
         yield "writes", f"{figures['writes']:,} of the faults"
     if figures["background"]:
