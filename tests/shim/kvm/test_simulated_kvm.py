@@ -436,6 +436,8 @@ def test_the_guest_finds_a_wrong_word_once(machines: type[Machine]) -> None:
     assert after.errors == 1
     assert after.error_gpa == DATA + 5 * PAGE
     assert after.error_seen == int.from_bytes(b"wrong!!!", "little")
+    assert after.access_ticks // 1000 in (after.touched, after.touched + 1)
+    assert after.access_max_ticks == 1000
 
 
 def test_a_saved_vcpu_goes_on_in_another_vm(machines: type[Machine]) -> None:

@@ -29,6 +29,7 @@ _FIELD: Final = {field.name: 8 * index for index, field in enumerate(dataclasses
 _CLEARED: Final = tuple(place for name, place in _FIELD.items() if name not in ("boots", "state"))
 _BUCKETS: Final = 64
 _TICKS_OF_A_LOAD: Final = 1000
+"""Time is virtual: every load takes the same, one that had to wait as well."""
 _BUCKET: Final = _TICKS_OF_A_LOAD.bit_length() - 1
 PVCLOCK: Final = struct.Struct("<IIQQIbB2x")
 """struct pvclock_vcpu_time_info: version, padding, tsc_timestamp, system_time, multiplier, shift, flags."""
@@ -226,10 +227,14 @@ class SimulatedWorker:
         self._phase = Phase.CHECK
 
     def _check(self) -> None:
-        errors = self._memory.access(mailbox_address(self._vcpu) + _FIELD["errors"])
+        mailbox = mailbox_address(self._vcpu)
+        errors = self._memory.access(mailbox + _FIELD["errors"])
         expected = (first_word(self._page) + self._number - 1) & _MASK_64
         if self._first != expected or self._second != expected:
             self._report_errors(errors, expected)
+        ticks = int.from_bytes(self._memory.load_bytes(mailbox + _FIELD["access_ticks"], 8), "little")
+        self._memory.store(mailbox + _FIELD["access_ticks"], ticks + _TICKS_OF_A_LOAD)
+        self._memory.store(mailbox + _FIELD["access_max_ticks"], _TICKS_OF_A_LOAD)
         self._phase = Phase.COUNT_TICKS
 
     def _count_ticks(self) -> None:
