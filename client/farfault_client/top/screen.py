@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from farfault_client.load.text import microseconds, size
+from farfault_client.load.text import counted, microseconds, size
 from farfault_client.migrate.follow import PHASES
 from farfault_client.top.figures import Figures, LaneFigures, VcpuFigures
 from farfault_client.top.map import GLYPHS, INSTALLED, resample
@@ -120,7 +120,7 @@ def _faults(figures: Figures) -> Iterator[Text]:
         f"p99 {microseconds(latency.p99_us)}, max {microseconds(latency.max_us)}",
     )
     waiting, slow = status.counters["waiting"], status.counters["slow_faults"]
-    line = Text.assemble(("waiting     ", "bold"), f"{waiting} threads")
+    line = Text.assemble(("waiting     ", "bold"), counted(waiting, "thread"))
     if waiting:
         line.append(f", the longest for {microseconds(status.longest_wait_s * 1e6)}")
     line.append(f"; slow faults {slow}", style="bold red" if slow else "")
