@@ -120,18 +120,18 @@ def started_receiver(arguments: list[str], *, ends_with_us: bool = False) -> Ite
         try:
             _wait_for(control, receiver)
             yield control
+            if ends_with_us:
+                receiver.terminate()
+            receiver.wait(RECEIVER_START_TIMEOUT_S)
+        except KeyboardInterrupt:
+            raise  # the move goes on
         except UnreachableError:
-            _end_as(receiver)
+            if code := _exit_code(receiver, at_once=False):
+                sys.exit(code)  # it ended before it could be asked, and has said why on standard error
             raise
         except BaseException:
-            if receiver.poll() is None and not isinstance(sys.exception(), KeyboardInterrupt):
-                receiver.terminate()
+            _exit_code(receiver, at_once=ends_with_us)
             raise
-        finally:
-            if receiver.poll() is None and sys.exception() is None:
-                if ends_with_us:
-                    receiver.terminate()
-                receiver.wait(RECEIVER_START_TIMEOUT_S)
 
 
 def _wait_for(control: Path, receiver: subprocess.Popen[bytes]) -> None:
@@ -145,15 +145,15 @@ def _wait_for(control: Path, receiver: subprocess.Popen[bytes]) -> None:
     raise UnreachableError("the receiver does not start", "see its log above")
 
 
-def _end_as(receiver: subprocess.Popen[bytes]) -> None:
-    """Exits like a receiver that ended by itself before it could be asked; ends one that only does not answer."""
-    try:
-        code = receiver.wait(RECEIVER_END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        receiver.terminate()
-    else:
-        if code > 0:  # it has said why on standard error, which is ours too
-            sys.exit(code)
+def _exit_code(receiver: subprocess.Popen[bytes], *, at_once: bool) -> int:
+    """Of a receiver that ends by itself, lease given back; 0 of one that had to be told to, now or after a while."""
+    if not at_once:
+        try:
+            return max(0, receiver.wait(RECEIVER_END_TIMEOUT_S))
+        except subprocess.TimeoutExpired:
+            pass
+    receiver.terminate()
+    return 0
 
 
 async def _act(
@@ -168,7 +168,7 @@ async def _act(
     async with ReceiverClient(control) as receiver:
         if abort:
             await receiver.abort()
-            click.echo("aborting: the source VM goes on", err=True)
+            click.echo("aborted: the source VM runs as before", err=True)
             return {}
         if tune is not None:
             await receiver.tune(tune)

@@ -5,6 +5,7 @@ A record is on disk before it is acted on: written to a new file, synced, rename
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -53,8 +54,32 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / "receiver.json"
+        self._lock = -1
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.record: Record | None = self._load()
+
+    def lock(self) -> None:
+        """Keeps every other receiver out until `unlock` or our end, and reads the record anew.
+
+        Raises:
+            UsageError: another receiver uses the folder; it may be in the middle of the very same move.
+        """
+        self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise UsageError(
+                f"another receiver uses the state folder {self.directory}",
+                "each move needs a folder of its own; name another --state",
+            ) from None
+        self.record = self._load()
+
+    def unlock(self) -> None:
+        """Lets another receiver use the folder. Idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def write(self, record: Record) -> None:
         """Makes a record durable."""

@@ -46,7 +46,7 @@ class Move:
     Args:
         session: an open one.
         source: its VM.
-        destination: the VMM on this host, started to receive.
+        destination: the VMM on this host, started to receive; None: it is gone, and only `roll_back` is left.
         journal: holds the record of this lease.
         on_frozen: called when the source's memory is frozen.
     """
@@ -55,7 +55,7 @@ class Move:
         self,
         session: Session,
         source: SourceVm,
-        destination: DestinationVmm,
+        destination: DestinationVmm | None,
         journal: Journal,
         on_frozen: Callable[[], None] = lambda: None,
     ) -> None:
@@ -73,6 +73,7 @@ class Move:
             RolledBackError: it failed before the point of no return; the source runs as before.
             FarfaultError: it failed and the source could not be brought back, or it failed afterwards.
         """
+        assert self._destination is not None
         try:
             await self._destination.prepare_destination()
             self._journal.step(Step.SUSPENDING)
@@ -84,6 +85,7 @@ class Move:
 
     async def finish(self) -> None:
         """From HANDING_OVER on: the destination holds the whole state and runs once the server has agreed."""
+        assert self._destination is not None
         try:
             await self._source.hand_over(self._session.key.generation)
         except FarfaultError as error:
@@ -98,12 +100,15 @@ class Move:
 
         Raises:
             RolledBackError: the source runs again.
-            FarfaultError: the server has handed over already.
+            FarfaultError: the server refuses: it has handed over already.
         """
         reason = cause.problem if isinstance(cause, FarfaultError) else "the move was aborted"
         remedy = cause.remedy if isinstance(cause, FarfaultError) else ""
         logger.warning("rolling back: %s", reason)
-        await asyncio.shield(self._source.resume())
+        try:
+            await asyncio.shield(self._source.resume())
+        except FarfaultError as error:
+            raise FarfaultError(f"{reason}; and the source VM stays stopped: {error.problem}", error.remedy) from cause
         self._journal.step(Step.ROLLED_BACK)
         raise RolledBackError(f"{reason}; the source VM runs as before", remedy) from cause
 

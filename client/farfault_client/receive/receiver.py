@@ -49,6 +49,10 @@ RESTART_STEPS = frozenset({Step.HANDING_OVER, Step.RUNNING, Step.COMPLETED})
 """Steps in which a VMM on this host may hold the VM: after a restart the receiver waits for it."""
 PREFLIGHT_ATTACH_TIMEOUT_S = 10.0
 """A preflight waits this long for a VMM to attach: it retries ten times a second."""
+RELEASE_ATTACH_TIMEOUT_S = 5.0
+"""A receiver that was restarted after the last page waits this long for a VMM that may have been released already."""
+ABORT_TIMEOUT_S = 20.0
+"""For the source VM to run again; the page server may be out of reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class Receiver:
     def __init__(self, config: ReceiverConfig) -> None:
         self.config = config
         self.journal = Journal(config.state)
+        self.journal.lock()
         self._removed = RemovedLog(config.state / "removed")
         self.session = Session(config.session, self._connection_changed)
         self.source = SourceVm(self.session)
@@ -94,6 +99,7 @@ class Receiver:
         self._listener: AttachListener | None = None
         self._destination: QmpVmm | None = None
         self._moving: asyncio.Task[None] | None = None
+        self._abort_asked = False
         self._vmm_exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # ---- beginning and end -----------------------------------------------------------------------
@@ -141,6 +147,7 @@ class Receiver:
             await self._destination.close()
         self._removed.close()
         await self.session.close()
+        self.journal.unlock()
 
     async def give_back(self) -> None:
         """Nothing was moved: the lease is released and forgotten."""
@@ -185,6 +192,8 @@ class Receiver:
         bad = failed(await self.preflight())
         if bad:
             raise PreflightError("; ".join(f"{line.name}: {line.detail}" for line in bad), bad[0].remedy)
+        if self._abort_asked:
+            raise RolledBackError("the move was aborted before the switchover; the source VM runs as before")
         self._phase(rpb.PHASE_SWITCHOVER)
         assert self._destination is not None
         move = Move(self.session, self.source, self._destination, self.journal)
@@ -217,36 +226,41 @@ class Receiver:
             await self.source.resume()
             self.journal.step(Step.ROLLED_BACK)
             raise RolledBackError("the receiver was interrupted before the hand-over; the source VM runs as before")
+        if step is Step.COMPLETED:
+            await self._complete_again()
+            return
         if step is Step.HANDING_OVER:
-            destination = await self._connect_destination()
-            await self._attached.wait()
-            move = Move(self.session, self.source, destination, self.journal)
-            if await destination.status() == "inmigrate":
-                await move.roll_back(FarfaultError("the destination VMM holds no device state"))
-            await move.finish()
+            await self._settle_hand_over()
         elif step is Step.RUNNING and self.config.qmp is not None:
             await self._run_if_paused()
         await self._attached.wait()
-        if step is Step.COMPLETED:
-            await self._complete()
-        else:
-            await self._stream()
+        await self._stream()
 
     async def abort(self) -> None:
-        """Stops a switchover that has not come to the point of no return.
+        """Stops a move that has not come to the point of no return. When it returns the source VM runs as before.
 
         Raises:
-            FarfaultError: there is none to stop, or it is too late; says which.
+            FarfaultError: there is none to stop, it is too late, or the source cannot be asked; says which.
         """
-        record = self.journal.record
-        if record is not None and record.step in RESTART_STEPS:
+        self._check_not_too_late()
+        moving = self._moving
+        if moving is None:
+            if self.progress.phase != rpb.PHASE_PREFLIGHT:
+                raise FarfaultError("no move is under way", "nothing to abort: the source VM runs")
+            self._abort_asked = True
+            return
+        if not moving.cancelling():
+            moving.cancel()
+        _, waiting = await asyncio.wait({moving}, timeout=ABORT_TIMEOUT_S)
+        if waiting:
             raise FarfaultError(
-                "the VM was handed over to this host: its newest state is here and the source must not run again",
-                "let the move finish; to bring the VM back, migrate it in the other direction",
+                f"the page server did not bring the source VM back within {ABORT_TIMEOUT_S:g} s",
+                "the receiver goes on asking; see that `farfault serve` runs on the source host",
             )
-        if self._moving is None:
-            raise FarfaultError("no switchover is under way", "nothing to abort: the source VM runs")
-        self._moving.cancel()
+        self._check_not_too_late()  # it had been done before it could be stopped
+        error = moving.exception()
+        if isinstance(error, FarfaultError) and not isinstance(error, RolledBackError):
+            raise error
 
     def status(self, map_cells: int = 0) -> rpb.MigrationStatus:
         """Everything that is known now."""
@@ -267,6 +281,15 @@ class Receiver:
         self._notify()
 
     # ---- within ----------------------------------------------------------------------------------
+
+    def _check_not_too_late(self) -> None:
+        record = self.journal.record
+        if record is not None and record.step in RESTART_STEPS:
+            raise FarfaultError(
+                f"too late, the move is past the point of no return ({record.step.value}): the newest state of the VM "
+                "is on this host and the source must not run again",
+                "let the move finish; to bring the VM back, migrate it in the other direction",
+            )
 
     async def _stream(self) -> None:
         """The guest runs; brings the rest, and ends."""
@@ -311,6 +334,39 @@ class Receiver:
         self._removed.forget()
         self._phase(rpb.PHASE_DONE)
 
+    async def _complete_again(self) -> None:
+        """Every page had come. A VMM that was released already does not attach again: the wait for it is bounded."""
+        try:
+            async with asyncio.timeout(RELEASE_ATTACH_TIMEOUT_S):
+                await self._attached.wait()
+        except TimeoutError:
+            logger.info("no VMM attached: it was released before")
+        await self._complete()
+
+    async def _settle_hand_over(self) -> None:
+        """The receiver died between its record of HANDING_OVER and that of RUNNING: this VM has not run here.
+
+        Only the page server knows on which side of the point of no return that was.
+
+        Raises:
+            RolledBackError: before it, and the destination VMM no longer holds the VM; the source runs.
+            FarfaultError: after it, and the destination VMM no longer holds the VM.
+        """
+        try:
+            destination = await self._connect_destination()
+            lacks = "" if await destination.status() != "inmigrate" else "the destination VMM holds no device state"
+        except UnreachableError as error:
+            lacks = error.problem
+        move = Move(self.session, self.source, self._destination, self.journal)
+        try:
+            if lacks:
+                await move.roll_back(FarfaultError(lacks))
+            await self._attached.wait()
+            await move.finish()
+        except RolledBackError:
+            await self._discard_destination()
+            raise
+
     async def _run_if_paused(self) -> None:
         """The receiver died between its record of the hand-over and `cont`."""
         destination = await self._connect_destination()
@@ -324,13 +380,18 @@ class Receiver:
             await destination.cont()
 
     async def _reopen(self, record: Record) -> None:
-        lease = record.lease
-        if record.step is Step.SUSPENDING:
-            lease = lease._replace(generation=0)  # the source may run again; nothing of its memory is here
+        """Takes the lease up again.
+
+        Until the VM has run here the source may have been rolled back, which makes another generation of its
+        memory: that must not keep us from finding out.
+        """
+        may_differ = record.step in (Step.OPENED, Step.SUSPENDING, Step.HANDING_OVER)
+        key = record.lease._replace(generation=0) if may_differ else record.lease
         waits = backoff(random.random)
         while True:
             try:
-                await self.session.open(lease)
+                await self.session.open(key)
+                self.session.expect_generation(record.generation)
                 return
             except UnreachableError as error:
                 if record.step not in RESTART_STEPS:
@@ -432,6 +493,7 @@ def told_to_end(receiver: Receiver) -> FarfaultError:
 def outcome(receiver: Receiver, error: FarfaultError) -> FarfaultError:
     """The error that a user should see: after the hand-over the guest waits, whatever went wrong."""
     record = receiver.journal.record
-    if record is not None and record.step in (Step.RUNNING, Step.HANDING_OVER) and error.exit_code == 1:
+    is_plain = type(error) in (FarfaultError, UnreachableError)
+    if record is not None and record.step in (Step.RUNNING, Step.HANDING_OVER) and is_plain:
         return GuestWaitsError(error.problem, error.remedy)
     return error

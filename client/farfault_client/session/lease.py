@@ -22,6 +22,10 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    # The session has a back-off of its own; gRPC's would grow to two minutes beside it.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 2_000),  # also the time that one attempt to connect may take
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
 

@@ -94,3 +94,16 @@ def test_a_journal_that_cannot_be_read_is_an_error_with_a_remedy(tmp_path: Path,
     with pytest.raises(UsageError, match="cannot be read") as caught:
         Journal(tmp_path)
     assert "delete the file" in str(caught.value.remedy)
+
+
+def test_a_folder_has_one_receiver_at_a_time(tmp_path: Path) -> None:
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    first.lock()
+    first.write(RECORD)
+    with pytest.raises(UsageError, match="another receiver"):
+        second.lock()
+    first.unlock()
+    first.unlock()
+    second.lock()
+    assert second.record == RECORD, "it was read before the first one wrote it"
+    second.unlock()
