@@ -55,8 +55,8 @@ class BulkHost:
         assert self._socket is not None
         return self._socket
 
-    def close(self) -> None:
-        """Ends the process."""
+    def end_process(self) -> None:
+        """Ends the process; the next `connection` is to a fresh one, to which every slot is free."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -64,6 +64,10 @@ class BulkHost:
             self._process.terminate()
             self._process.wait()
             self._process = None
+
+    def close(self) -> None:
+        """Ends the process and frees the ring."""
+        self.end_process()
         if self._memory >= 0:
             os.close(self._memory)
             self._memory = -1
@@ -132,6 +136,8 @@ class ProcessLane:
     async def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
+        if self._blocked:  # slots that it would never hear are free
+            self._host.end_process()
 
     def _send(self, packet: bytes) -> None:
         try:
@@ -176,6 +182,7 @@ class ProcessLane:
             answer = verify(
                 DecodedBatch(header, data, 0, length), self._lease.layout, self._lease.generation, data_checked=True
             )
+            self._stats.answers += 1
             self._user.answered(Lane.BACKGROUND, answer)
         except BadAnswerError as error:
             self._end(error)

@@ -44,6 +44,7 @@ class BulkProcess:
     def __init__(self, connection: socket.socket, ring: SlotRing) -> None:
         self._socket = connection
         self._ring = ring
+        self._sending = asyncio.Lock()
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(SLOTS):
             self._free.put_nowait(slot)
@@ -106,7 +107,6 @@ class BulkProcess:
             await stream.write(await self._requests.get())
 
     async def _receive(self, stream: grpc.aio.StreamStreamCall[bytes, bytes], lease: Lease) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             raw = await stream.read()
             if not isinstance(raw, bytes):
@@ -117,12 +117,43 @@ class BulkProcess:
                 if decoded.data_length > self._ring.slot_bytes:
                     raise BadAnswerError(f"a batch of {decoded.data_length} bytes")
                 slot = await self._free.get()
-                self._ring.slot(slot).view[: decoded.data_length] = decoded.data
-            header = decoded.header
-            header.ClearField("data")
-            head = ANSWER_HEAD.pack(slot, decoded.data_length, len(raw))
-            del answer, raw
-            await loop.sock_sendall(self._socket, bytes([MessageType.ANSWER]) + head + header.SerializeToString())
+            try:
+                if slot != NO_SLOT:
+                    self._ring.slot(slot).view[: decoded.data_length] = decoded.data
+                header = decoded.header
+                header.ClearField("data")
+                head = ANSWER_HEAD.pack(slot, decoded.data_length, len(raw))
+                del answer, raw
+                await self._post(bytes([MessageType.ANSWER]) + head + header.SerializeToString())
+            except BaseException:  # not sent: the receiver will never free it
+                if slot != NO_SLOT:
+                    self._free.put_nowait(slot)
+                raise
+
+    async def _post(self, packet: bytes) -> None:
+        """Sends one packet. An exception, cancellation included, means that it was not sent.
+
+        `loop.sock_sendall` cannot promise that: it may be cancelled between the send and its return, and a slot
+        that both sides call free would be overwritten while it is installed.
+
+        Raises:
+            BadAnswerError: it is longer than the receiver takes.
+        """
+        if len(packet) > MESSAGE_BYTES_MAX:
+            raise BadAnswerError(f"an answer with {len(packet)} bytes beside its data")
+        loop = asyncio.get_running_loop()
+        async with self._sending:
+            while True:
+                try:
+                    self._socket.send(packet)
+                    return
+                except BlockingIOError:
+                    writable: asyncio.Future[None] = loop.create_future()
+                    loop.add_writer(self._socket.fileno(), _set_once, writable)
+                    try:
+                        await writable
+                    finally:
+                        loop.remove_writer(self._socket.fileno())
 
     async def _report(self, errors: BaseException, target: str) -> None:
         error = errors
@@ -132,7 +163,12 @@ class BulkProcess:
         bad = isinstance(error, BadAnswerError)
         packet = bytes([MessageType.LOST, bad]) + text.encode()[:4096]
         with contextlib.suppress(OSError):
-            await asyncio.get_running_loop().sock_sendall(self._socket, packet)
+            await self._post(packet)
+
+
+def _set_once(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def main() -> None:

@@ -61,6 +61,8 @@ TIDS_AGE_MAX_S = 0.1
 """A thread that is no known vCPU's is looked up again after this long."""
 REFUSAL_PAUSE_S = 0.05
 """A refused range is asked for again after this long, so that a refusing server is not hammered."""
+REFUSALS_TOLD = 20
+"""Refusing answers in a row after which the status says so: about a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class PagerStats:
     populated: int = 0
     starts: int = 0
     preinstalled_pages: int = 0
+    refusals_in_a_row: int = 0
 
     def count(self, source: str) -> None:
         self.faults_by_source[source] = self.faults_by_source.get(source, 0) + 1
@@ -133,6 +136,7 @@ class Pager:
         self.slow_faults = SlowFaults()
         self.finished = asyncio.Event()
         self.stream_background = False
+        self.last_refusal = ""
         self._vmm: AttachedVmm | None = None
         self._installer: Installer | None = None
         self._classifier: ExitClassifier | None = None
@@ -343,19 +347,39 @@ class Pager:
         in_flight = self._in_flight[lane]
         sent_at = min((in_flight.pop(done, now) for done in answer.done), default=now)
         self._trip = Trip(sent_at, now, (answer.server_queue_us + answer.server_read_us) * 1e-6)
-        if answer.refusals:
-            logger.warning("page server refused: %s", ", ".join(sorted(set(answer.refusals))))
-            asyncio.get_running_loop().call_later(REFUSAL_PAUSE_S, self.session.pump, Lane.DEMAND)
         if self._installer is None:
             self.engine.lost(answer.done)
             return
+        lost_before = self.engine.stats.lost_pages
         for install in self.engine.arrived(answer.extents, answer.done, now):
             self._install(install, answer.data, answer.data_offset)
         self._trip = None
-        if self.engine.demand_waits and not answer.refusals:
-            self.session.pump(Lane.DEMAND)
-        self.session.pump(Lane.BACKGROUND)
+        reasons = set(answer.refusals)
+        if self.engine.stats.lost_pages > lost_before and not reasons:
+            reasons = {"LEFT_OUT"}  # a request is called done, and not all of its pages came
+        if reasons:
+            self._refused(reasons)
+        else:
+            self.stats.refusals_in_a_row = 0
+            if self.engine.demand_waits:
+                self.session.pump(Lane.DEMAND)
+            self.session.pump(Lane.BACKGROUND)
         self._check_finished()
+
+    def _refused(self, reasons: set[str]) -> None:
+        """The page server did not send what was asked for: it is asked again, but not at once."""
+        self.last_refusal = ", ".join(sorted(reasons))
+        if self.stats.refusals_in_a_row % REFUSALS_TOLD == 0:
+            logger.warning("page server refused: %s", self.last_refusal)
+        self.stats.refusals_in_a_row += 1
+        loop = asyncio.get_running_loop()
+        for lane in Lane:
+            loop.call_later(REFUSAL_PAUSE_S, self.session.pump, lane)
+
+    @property
+    def is_refused(self) -> bool:
+        """The page server has refused for a while, and answered nothing."""
+        return self.stats.refusals_in_a_row >= REFUSALS_TOLD
 
     def lane_lost(self, lane: Lane) -> None:
         self.engine.lost(self._in_flight[lane])

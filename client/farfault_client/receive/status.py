@@ -84,6 +84,9 @@ def status_of(
         _add_waits(status, pager, vmm)
         if map_cells:
             status.map = memory_map(pager, map_cells)
+    if pager is not None and pager.is_refused and progress.phase == rpb.PHASE_POSTCOPY:
+        status.error = f"the page server refuses pages: {pager.last_refusal}; the guest waits"
+        status.remedy = "see the page server's log"
     if session.error is not None and not status.error:
         status.error, status.remedy = session.error.problem, session.error.remedy
     return status

@@ -14,6 +14,8 @@ from farfault_client.engine import Extent, ExtentResult, Fetch
 
 EXTENTS_MAX = 4096
 """Extents in one answer; more is an error of the server."""
+DONE_MAX = 4096
+"""Requests that one answer ends; more is an error of the server, which holds far fewer."""
 
 
 class BadAnswerError(Exception):
@@ -69,6 +71,8 @@ def verify(decoded: DecodedBatch, layout: Layout, generation: int, *, data_check
         raise BadAnswerError(f"memory generation {batch.generation} instead of {generation}: the source VM has run")
     if len(batch.extents) > EXTENTS_MAX:
         raise BadAnswerError(f"{len(batch.extents)} extents, more than {EXTENTS_MAX}")
+    if len(batch.done_request_ids) > DONE_MAX:
+        raise BadAnswerError(f"{len(batch.done_request_ids)} requests done, more than {DONE_MAX}")
     extents: list[Extent] = []
     refusals: list[str] = []
     expected_bytes = 0

@@ -21,7 +21,7 @@ from farfault_client.session.lease import Lease, Peer
 PROTOCOL_VERSION = 1
 CONNECT_TIMEOUT_S = 3.0
 SILENCE_MAX_S = 5.0
-"""An unanswered request older than this says that the connection is half open."""
+"""Nothing at all for this long while a request is unanswered says that the connection is half open."""
 SILENCE_CHECK_S = 1.0
 FRAME_SLACK_BYTES = 64 << 10
 LENGTH = struct.Struct("<I")
@@ -103,6 +103,8 @@ class ExpressLane(asyncio.Protocol):
         self._end(LaneLostError(f"express lane: {exc or 'the page server closed it'}"))
 
     def data_received(self, data: bytes) -> None:
+        if self._waiting_since is not None:
+            self._waiting_since = self._loop.time()  # a slow link is not a dead one
         if self._received or len(data) < LENGTH.size:
             self._received += data
             data = bytes(self._received)
@@ -147,6 +149,7 @@ class ExpressLane(asyncio.Protocol):
         except BadAnswerError as error:
             self._end(error)
             return
+        self._stats.answers += 1
         self._outstanding -= len(answer.done)
         self._waiting_since = self._loop.time() if self._outstanding else None
         self._user.answered(Lane.DEMAND, answer)

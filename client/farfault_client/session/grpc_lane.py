@@ -79,7 +79,9 @@ class GrpcLane:
             if not isinstance(raw, bytes):
                 raise LaneLostError(f"the page server ended the {self._lane.value} stream")
             self._stats.wire_bytes += len(raw)
-            self._user.answered(self._lane, read_answer(raw, self._lease)[1])
+            answer = read_answer(raw, self._lease)[1]
+            self._stats.answers += 1
+            self._user.answered(self._lane, answer)
 
 
 def read_answer(raw: bytes, lease: Lease) -> tuple[DecodedBatch, Answer]:

@@ -32,6 +32,7 @@ class LaneStats:
     Attributes:
         connects: connections made.
         wire_bytes: of answers, headers included.
+        answers: verified answers.
         bad_answers: answers that broke the contract.
         refusals: answers with refused ranges.
         carrier: what carries the lane now: ``grpc``, ``express``, ``process``; empty while it is down.
@@ -39,6 +40,7 @@ class LaneStats:
 
     connects: int = 0
     wire_bytes: int = 0
+    answers: int = 0
     bad_answers: int = 0
     refusals: int = 0
     carrier: str = ""

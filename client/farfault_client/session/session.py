@@ -26,7 +26,7 @@ from farfault_client.session.backoff import backoff
 from farfault_client.session.express_lane import ExpressLane
 from farfault_client.session.grpc_lane import GrpcLane
 from farfault_client.session.lane import Lane, LaneDriver, LaneLostError, LaneUser, SessionStats
-from farfault_client.session.lease import Lease, LeaseKey, Peer, explain
+from farfault_client.session.lease import MESSAGE_BYTES_MAX, Lease, LeaseKey, Peer, explain
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ PROTOCOL_VERSION = 1
 OPEN_TIMEOUT_S = 10.0
 BAD_ANSWERS_MAX = 16
 """Answers that break the contract, in a row, before `Session.error` says so; it goes on trying."""
+PAGES_MAX = 1 << 31
+"""Of one VM: 8 TiB of 4 KiB pages. The pager holds a byte for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,11 @@ class Session:
             raise FarfaultError(
                 f"page server {target} speaks protocol {response.protocol_version}, not {PROTOCOL_VERSION}",
                 "run the same farfault version on both hosts",
+            )
+        if resume is not None and resume.generation not in (0, response.generation):
+            raise FarfaultError(
+                f"page server {target} holds memory of generation {response.generation}, not {resume.generation}",
+                "the source VM may have run: pages of the two must not be mixed",
             )
         self.opened = response
         self._take(Lease(response.lease_id, response.token, response.generation, _layout_of(response, target)))
@@ -207,7 +214,7 @@ class Session:
     async def _run_once(self, lane: Lane, user: LaneUser) -> bool:
         """One connection of a lane, from its start to its loss. True: it carried something."""
         stats = self.stats.lanes[lane]
-        before = stats.wire_bytes
+        before = stats.answers
         driver = await self._connect(lane, user)
         stats.connects += 1
         stats.carrier = driver.carrier
@@ -231,7 +238,7 @@ class Session:
             self._changed(lane)
             user.lane_lost(lane)
             await driver.close()
-        carried = stats.wire_bytes > before
+        carried = stats.answers > before
         self._fruitless[lane] = 0 if carried else self._fruitless[lane] + 1
         if carried:
             self._bad_in_a_row = 0
@@ -264,8 +271,8 @@ class Session:
     @property
     def _batch_bytes_max(self) -> int:
         assert self.opened is not None
-        pages = max(region.page_size_bytes for region in self.opened.regions)
-        return max(self.opened.limits.max_batch_bytes, pages)
+        page_bytes = max(region.page_size_bytes for region in self.opened.regions)
+        return max(min(self.opened.limits.max_batch_bytes, MESSAGE_BYTES_MAX), page_bytes)
 
     def _bulk_host(self) -> BulkHost:
         if self._bulk is None:
@@ -299,6 +306,12 @@ class Session:
 
 def _layout_of(response: pb.OpenResponse, target: str) -> Layout:
     try:
-        return Layout((region.size_bytes, region.page_size_bytes) for region in response.regions)
+        layout = Layout((region.size_bytes, region.page_size_bytes) for region in response.regions)
     except ValueError as error:
         raise FarfaultError(f"page server {target} describes impossible memory: {error}") from None
+    if layout.page_count > PAGES_MAX:
+        raise FarfaultError(
+            f"page server {target} describes {layout.page_count} pages, more than {PAGES_MAX}",
+            "back the memory of so large a VM with huge pages",
+        )
+    return layout

@@ -7,7 +7,7 @@ import xxhash
 from farfault.codec import decode_batch
 from farfault.v1 import pages_pb2 as pb
 from farfault_client.engine import ExtentResult, Fetch, Priority
-from farfault_client.session.answers import EXTENTS_MAX, Answer, BadAnswerError, request_of, verify
+from farfault_client.session.answers import DONE_MAX, EXTENTS_MAX, Answer, BadAnswerError, request_of, verify
 from farfault_shim.layout import Layout, PageIndex, PageRun
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,3 +184,9 @@ def test_priorities_are_those_of_the_wire() -> None:
     assert {priority.name: priority.value for priority in Priority} == {
         name.removeprefix("PRIORITY_"): value for name, value in pb.Priority.items() if value
     }
+
+
+def test_more_requests_done_than_anybody_holds() -> None:
+    too_many = tuple(range(DONE_MAX + 1))
+    with pytest.raises(BadAnswerError, match="requests done"):
+        verify(decode_batch(batch((0, 0, 1, ZERO), done=too_many).SerializeToString()), LAYOUT, GENERATION)
