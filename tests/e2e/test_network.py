@@ -54,7 +54,8 @@ def finish(scene: Scene) -> None:
 
 
 def test_between_two_hosts_with_mutual_tls(two_hosts: tuple[str, str], make_scene: MakeScene) -> None:
-    source, destination = (("ip", "netns", "exec", name) for name in two_hosts)
+    # not `ip netns exec`: that hides tracefs behind a fresh /sys
+    source, destination = (("nsenter", f"--net=/run/netns/{name}") for name in two_hosts)
     config = SceneConfig(
         VmmKind.QEMU,
         ram_bytes=128 * MIB,
