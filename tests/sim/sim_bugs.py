@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from farfault.codec import DecodedBatch
-from farfault_client.engine import Extent, ExtentResult, FaultEngine, Fetch, Install, PageState, Priority
+from farfault_client.engine import Extent, ExtentResult, FaultAnswer, FaultEngine, Fetch, Install, PageState, Priority
 from farfault_client.engine.states import PageInput
 from farfault_client.session import answers
 from farfault_client.session.answers import Answer, verify
@@ -19,10 +19,11 @@ from xxhash import xxh3_64_intdigest
 class NoDedupe(FaultEngine):
     """A fault on a page in flight fetches it once more."""
 
-    def _want(self, key: object, page: int, priority: Priority) -> None:
-        if self.pages.state(page) is PageState.IN_FLIGHT:
-            self.pages.apply(page, 1, PageInput.LOSE)
-        super()._want(key, page, priority)
+    def fault(self, key: object, pages: Sequence[PageIndex], priority: Priority, now: float) -> FaultAnswer:
+        for page in pages:
+            if self.pages.state(page) is PageState.IN_FLIGHT:
+                self.pages.apply(page, 1, PageInput.LOSE)
+        return super().fault(key, pages, priority, now)
 
 
 class NoClip(FaultEngine):

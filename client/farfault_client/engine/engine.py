@@ -42,6 +42,7 @@ SMALLEST_PAGE_BYTES: Final = min(PAGE_SIZES_BYTES)
 _WANT, _SEND, _ARRIVE, _INSTALL = PageInput.WANT, PageInput.SEND, PageInput.ARRIVE, PageInput.INSTALL
 _ABSENT, _WANTED, _IN_FLIGHT, _REMOVED = PageState.ABSENT, PageState.WANTED, PageState.IN_FLIGHT, PageState.REMOVED
 _VCPU = Priority.VCPU
+_READY, _WAITS = FaultAnswer(True), FaultAnswer(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class FaultEngine:
         self._next_request_id = 1
         sizes = {region.page_size_bytes for region in layout.regions}
         self._only_page_bytes = sizes.pop() if len(sizes) == 1 else 0
+        self._only_region = layout.regions[0] if len(layout.regions) == 1 else None
 
     # ---- what happened -------------------------------------------------------------------------
 
@@ -122,23 +124,31 @@ class FaultEngine:
             stats.faults_of_vmm += 1
         if key in self._waiters:
             self.forget(key)
-        missing = {page for page in pages if not page_map.is_present(page)}
+        is_present = page_map.is_present
+        missing = {page for page in pages if not is_present(page)}
         if not missing:
             stats.faults_on_present += 1
-            return FaultAnswer(True)
+            return _READY
         if len(self._waiters) >= self.config.waiters_max:
             raise OverflowError(f"more than {self.config.waiters_max} threads wait for pages")
         self.window.fault(now)
         self._waiters.add(Waiter(key, priority, now, tuple(pages)), missing)
         removed: list[PageIndex] = []
         for page in missing:
-            if page_map.state(page) is _REMOVED:
+            state = page_map.state(page)
+            if state is _REMOVED:
                 removed.append(page)
+                continue
+            page_map.apply(page, 1, _WANT, priority)
+            if state is _ABSENT or state is _WANTED:
+                self._demand[priority].add(key, page)
             else:
-                self._want(key, page, priority)
+                # A request on its way is not overtaken by a second fetch of the same page; its answer is at
+                # most one window away, and the window has just begun to shrink.
+                stats.faults_on_flight += 1
         if priority is _VCPU:
             self._prefetch_around(key, pages[-1])
-        return FaultAnswer(False, tuple(removed))
+        return FaultAnswer(False, tuple(removed)) if removed else _WAITS
 
     def forget(self, key: object) -> None:
         """A thread no longer waits (a kick, or it is gone). Its pages are fetched all the same."""
@@ -268,23 +278,24 @@ class FaultEngine:
         A request that is full takes a page of each thread in turn; the rest is in the next one.
         """
         pages_left, bytes_left = self.config.demand_pages_max, self.config.demand_bytes_max
+        page_map, page_bytes = self.pages, self._page_bytes
         runs: list[PageRun] = []
         urgent: Priority | None = None
         for priority, queue in self._demand.items():
-            if not queue:
+            if not queue or pages_left <= 0 or bytes_left <= 0:
                 continue
             taken: list[int] = []
-            for page in queue.take() if pages_left > 0 and bytes_left > 0 else ():
-                if self.pages.state(page) is not _WANTED:
-                    continue
-                self.pages.apply(page, 1, _SEND, priority)
+            for page in queue.take():
+                if page_map.state(page) is not _WANTED:
+                    continue  # it was asked for, or settled, since
+                page_map.apply(page, 1, _SEND, priority)
                 taken.append(page)
-                pages_left -= 1
-                bytes_left -= self._page_bytes(page)
-                if pages_left <= 0 or bytes_left <= 0:
+                bytes_left -= page_bytes(page)
+                if len(taken) == pages_left or bytes_left <= 0:
                     break
             if taken:
-                runs.extend(self._runs_of(taken))
+                pages_left -= len(taken)
+                runs += self._runs_of(taken)
                 urgent = urgent or priority
         if urgent is None:
             return None
@@ -366,18 +377,8 @@ class FaultEngine:
 
     # ---- within ----------------------------------------------------------------------------------
 
-    def _want(self, key: object, page: int, priority: Priority) -> None:
-        state = self.pages.state(page)
-        self.pages.apply(page, 1, _WANT, priority)
-        if state is _ABSENT or state is _WANTED:
-            self._demand[priority].add(key, page)
-        else:
-            # A request on its way is not overtaken by a second fetch of the same page; its answer is at
-            # most one window away, and the window has just begun to shrink.
-            self.stats.faults_on_flight += 1
-
     def _prefetch_around(self, key: object, page: int) -> None:
-        region = self.layout.region_of_page(page)
+        region = self._only_region or self.layout.region_of_page(page)
         if region.page_size_bytes * 2 > self.config.batch_bytes_max:
             return
         for run in self.neighbours.fault(key, page - region.first_page, region.page_count):
