@@ -1,4 +1,4 @@
-"""Reads a record back; `recorder` says what is in it."""
+"""Reads a record back; `record_format` says what is in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from farfault_cli.errors import UsageError
 
-from farfault_client.report.recorder import VERSION
+from farfault_client.report.record_format import VERSION
 
 LINES_MAX: Final = 1_000_000
 
@@ -23,7 +23,7 @@ class Sample:
         since, until: the moments; equal in the first sample of a receiver.
         settled: pages that need no fetch any more at `until`.
         faults, bytes, blocked_s, latency: what was added; by lane, by vCPU, by histogram bucket.
-        map: a digit a cell, see `recorder`; empty in most samples.
+        map: a digit a cell, see `record_format`; empty in most samples.
     """
 
     since: float

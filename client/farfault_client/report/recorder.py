@@ -1,15 +1,7 @@
 """What is written down about a move: one JSON object a line, few enough lines for any length of move.
 
-=========  ===========================================================================================
-header     when recording began (``unix_s``), of whom, guest size, cells of the map
-sample     ``t`` (seconds since the header), counters, and what has changed since the sample before: latencies
-           by histogram bucket; every few samples ``map``, a digit a cell: 0 nothing settled .. 9 everything
-event      ``t``, ``level`` (``info``, ``warning``, ``error``), ``text``
-footer     ``t`` and ``summary``, the figures that `farfault receive --json` prints
-=========  ===========================================================================================
-
-Samples are 50 ms apart at first; after each `SAMPLES_PER_INTERVAL` of them the interval doubles, so that an hour
-takes about 8,000 lines. A receiver that is started again appends: the file then holds a header for each.
+`record_format` says what they are. Samples are 50 ms apart at first; after each `SAMPLES_PER_INTERVAL` of them the
+interval doubles, so that an hour takes about 8,000 lines.
 """
 
 from __future__ import annotations
@@ -25,8 +17,8 @@ from farfault_client.metrics.memory_cells import cell_counts
 from farfault_client.receive.pager import Pager
 from farfault_client.receive.receiver import Receiver
 from farfault_client.receive.summary import summary_of
+from farfault_client.report.record_format import VERSION
 
-VERSION: Final = 1
 INTERVAL_FIRST_S: Final = 0.05
 SAMPLES_PER_INTERVAL: Final = 1200
 EVENTS_MAX: Final = 5000
