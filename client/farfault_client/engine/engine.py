@@ -42,6 +42,7 @@ SMALLEST_PAGE_BYTES: Final = min(PAGE_SIZES_BYTES)
 _WANT, _SEND, _ARRIVE, _INSTALL = PageInput.WANT, PageInput.SEND, PageInput.ARRIVE, PageInput.INSTALL
 _ABSENT, _WANTED, _IN_FLIGHT, _REMOVED = PageState.ABSENT, PageState.WANTED, PageState.IN_FLIGHT, PageState.REMOVED
 _VCPU = Priority.VCPU
+_ZERO, _REFUSED = ExtentResult.ZERO, ExtentResult.REFUSED
 _READY, _WAITS = FaultAnswer(True), FaultAnswer(False)
 
 
@@ -206,12 +207,12 @@ class FaultEngine:
         installs: list[Install] = []
         offset = 0
         for run, result in extents:
-            if result is ExtentResult.REFUSED:
+            if result is _REFUSED:
                 self.stats.refused_pages += run.count  # they are asked for again when their request is done
                 self._background_rests_until = now + REFUSAL_PAUSE_S
                 continue
             wanted = pages.runs(run.first, run.count, _IN_FLIGHT)
-            if result is ExtentResult.ZERO:
+            if result is _ZERO:
                 for part in wanted:
                     self._zero(part, installs)
             else:
@@ -416,8 +417,8 @@ class FaultEngine:
         self._lose_unanswered(fetch)
 
     def _lose_unanswered(self, fetch: Fetch) -> None:
-        for run in fetch.runs:
-            for part in self.pages.runs(*run, _IN_FLIGHT):
+        for first, count in fetch.runs:
+            for part in self.pages.runs(first, count, _IN_FLIGHT):
                 self._lose(part)
 
     def _lose(self, run: PageRun) -> None:

@@ -136,12 +136,12 @@ class PageMap:
                 totals[byte >> STATE_SHIFT] -= found
                 totals[table[byte] >> STATE_SHIFT] += found
 
-    def runs(self, first: int, count: int, *states: PageState) -> list[PageRun]:
+    def runs(self, first: PageIndex, count: int, *states: PageState) -> list[PageRun]:
         """The runs of pages within ``[first, first + count)`` that are in one of the states, in order."""
         if count == 1:
-            return [PageRun(PageIndex(first), 1)] if self._bytes[first] >> STATE_SHIFT in states else []
+            return [PageRun(first, 1)] if self._bytes[first] >> STATE_SHIFT in states else []
         search, found = _run_pattern(states).search, []
-        position, end = first, first + count
+        position, end = int(first), first + count
         while match := search(self._bytes, position, end):
             start, position = match.span()
             found.append(PageRun(PageIndex(start), position - start))

@@ -69,7 +69,7 @@ class BackgroundWindow:
         queued_s = round_trip_s - self._shortest_s
         if queued_s <= max(QUEUE_S, self._shortest_s / 4):
             self.size_bytes = min(self.ceiling_bytes, self.size_bytes + size_bytes)
-        elif queued_s > max(2 * QUEUE_S, self._shortest_s):
+        elif queued_s > max(2 * QUEUE_S, self._shortest_s / 2):
             self.size_bytes = max(self.floor_bytes, self.size_bytes - size_bytes // 4)
 
     def lost(self) -> None:
