@@ -211,7 +211,10 @@ class FaultEngine:
                 self.stats.refused_pages += run.count  # they are asked for again when their request is done
                 self._background_rests_until = now + REFUSAL_PAUSE_S
                 continue
-            wanted = pages.runs(run.first, run.count, _IN_FLIGHT)
+            if run.count > 1:
+                wanted = pages.runs(run.first, run.count, _IN_FLIGHT)
+            else:
+                wanted = [run] if pages.state(run.first) is _IN_FLIGHT else []
             if result is _ZERO:
                 for part in wanted:
                     self._zero(part, installs)
@@ -417,8 +420,10 @@ class FaultEngine:
         self._lose_unanswered(fetch)
 
     def _lose_unanswered(self, fetch: Fetch) -> None:
-        for first, count in fetch.runs:
-            for part in self.pages.runs(first, count, _IN_FLIGHT):
+        for run in fetch.runs:
+            if run.count == 1 and self.pages.state(run.first) is not _IN_FLIGHT:
+                continue  # the common case
+            for part in self.pages.runs(*run, _IN_FLIGHT):
                 self._lose(part)
 
     def _lose(self, run: PageRun) -> None:
