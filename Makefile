@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard proto/farfault/v1/*.proto)
 
-.PHONY: demo test unit check bench bench-docs proto native setup clean help
+.PHONY: demo test unit check observe bench bench-docs proto native setup clean help
 
 help:
 	@echo "make demo   a real VM moves by post-copy on this machine"
 	@echo "make test   all tests, with real VMs where the machine allows"
 	@echo "make check  ruff, mypy --strict, import-linter, generated-code drift, C warnings"
 	@echo "make bench  measurements, as ratios in one run"
+	@echo "make observe  every query of deploy/ against Prometheus and a real move"
 	@echo "make proto  generate farfault.v1 from proto/"
 
 setup: $(VENV)/.installed native
@@ -20,6 +21,7 @@ demo: setup
 	@$(BIN)/farfault demo $(DEMO_FLAGS)
 
 test: setup check
+	@tests/setup-machine.sh tests
 	@$(BIN)/pytest $(PYTEST_FLAGS)
 
 unit: setup
@@ -30,6 +32,11 @@ check: $(VENV)/.installed native
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy proto/farfault server/farfault_server client/farfault_client client/farfault_cli vmm_shim/farfault_shim vmm_shim/farfault_vmm
 	@$(BIN)/lint-imports
+
+# Prometheus, a real move, and every query of deploy/ against it.
+observe: setup
+	@tests/setup-machine.sh tests
+	@$(BIN)/python tests/deploy/observing.py
 
 bench: setup
 	@$(BIN)/farfault bench compare --quick $(BENCH_FLAGS)

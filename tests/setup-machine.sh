@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Brings what the real VMs of `make demo` and `make test` need onto a Debian or Ubuntu machine, if it may.
+# With the argument `tests` also what only tests need: Prometheus, and a browser for the reports.
 # Without root or apt it says what is missing and goes on: what cannot run is skipped with its reason.
 set -u
 
@@ -12,6 +13,10 @@ if [ "$(uname -m)" = x86_64 ]; then
     need busybox busybox-static
     need ip iproute2
 fi
+if [ "${1:-}" = tests ]; then
+    need prometheus prometheus
+    need chromium chromium
+fi
 
 if [ "${#packages[@]}" -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
@@ -23,6 +28,8 @@ if [ "${#packages[@]}" -gt 0 ]; then
             echo "==> could not install ${packages[*]}: tests and demos that need them are skipped"
         fi
         rm -f "$log"
+        # The tests start a Prometheus of their own; the package's service is not needed.
+        case " ${packages[*]} " in *" prometheus "*) systemctl disable --now prometheus >/dev/null 2>&1 ;; esac
     else
         echo "==> missing: ${packages[*]} (as root: apt-get install ${packages[*]})"
     fi
