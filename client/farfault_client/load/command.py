@@ -19,6 +19,7 @@ from farfault_client.load.plan import (
     Arrivals,
     PatternKind,
 )
+from farfault_client.load.slo import TRIES
 from farfault_client.options import FILE, SIZE, log_options, source_options
 
 SERVE_SEED = 1
@@ -86,6 +87,13 @@ PATTERNS = [kind.value for kind in PatternKind if kind is not PatternKind.REPLAY
 @click.option("--rate-first", type=click.FloatRange(1), default=500.0, show_default=True, help="First rate of --slo.")
 @click.option("--rate-last", type=click.FloatRange(1), default=1e6, show_default=True, help="Highest rate of --slo.")
 @click.option("--step", type=click.FloatRange(0.1, 3600), default=3.0, show_default=True, help="Seconds at each rate.")
+@click.option(
+    "--tries",
+    type=click.IntRange(1, 10),
+    default=TRIES,
+    show_default=True,
+    help="A rate of --slo is broken if it breaks so many times in a row; more where the hosts are busy otherwise.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, nothing else.")
 @click.option("--csv", "csv_path", type=FILE, metavar="FILE", help="Write one row for each second.")
 @click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a report with plots; one file.")
@@ -223,6 +231,7 @@ def described(options: dict[str, Any]) -> Any:
         is_search=is_search,
         rate_first_per_s=options["rate_first"],
         rate_last_per_s=options["rate_last"],
+        tries=options["tries"],
     )
 
 

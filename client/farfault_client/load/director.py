@@ -32,7 +32,7 @@ class LoadTest:
         is_seed_given: the seed is the user's and not the default.
         objectives: that the result is judged by.
         is_search: find the highest rate that holds them.
-        rate_first_per_s, rate_last_per_s: of the search.
+        rate_first_per_s, rate_last_per_s, tries: of the search.
     """
 
     server: ServerPlan
@@ -54,6 +54,7 @@ class LoadTest:
     is_search: bool
     rate_first_per_s: float
     rate_last_per_s: float
+    tries: int
 
     @property
     def is_open_loop(self) -> bool:
@@ -155,7 +156,7 @@ class Director:
 
     async def _search(self, crew: Crew, show: Show) -> RateSearch:
         test = self._test
-        search = RateSearch(test.rate_first_per_s, test.rate_last_per_s)
+        search = RateSearch(test.rate_first_per_s, test.rate_last_per_s, tries=test.tries)
         while not self._is_told_to_end and (rate := search.next_rate()) is not None:
             measured = await self._measure(crew, rate, show)
             search.tell(holds=not measured.broken)

@@ -16,7 +16,7 @@ ACHIEVED_SHARE_MIN = 0.98
 """A rate holds only if at least this share of the faults that fell due in the run were answered in it."""
 STEPS_MAX = 40
 """Measurements of one search."""
-BREAKS_TO_BELIEVE = 2
+TRIES = 2
 """A rate breaks the objective if it does so this many times in a row: one disturbance does not end a search."""
 HALVINGS_MAX = 5
 """Where the first rate breaks, a rate that holds is looked for down to this many halves of it."""
@@ -97,6 +97,7 @@ class RateSearch:
         first_per_s: where it begins; where that breaks already, it halves instead.
         last_per_s: no rate above this is tried.
         precision: it ends when the gap between a rate that holds and one that breaks is this share of it.
+        tries: a rate breaks if it does so this many times in a row.
         steps_max: measurements, at most.
 
     Attributes:
@@ -107,6 +108,7 @@ class RateSearch:
     first_per_s: float
     last_per_s: float = RATE_MAX_PER_S
     precision: float = 0.05
+    tries: int = TRIES
     steps_max: int = STEPS_MAX
     steps: list[Step] = field(default_factory=list)
     holds_per_s: float = 0.0
@@ -131,7 +133,7 @@ class RateSearch:
             self.holds_per_s = max(self.holds_per_s, self._rate_per_s)
             return
         self._breaks_in_a_row += 1
-        if self._breaks_in_a_row >= BREAKS_TO_BELIEVE:
+        if self._breaks_in_a_row >= self.tries:
             self._breaks_in_a_row = 0
             self._breaks_per_s = min(self._breaks_per_s, self._rate_per_s)
 

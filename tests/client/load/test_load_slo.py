@@ -2,7 +2,7 @@
 
 import pytest
 from farfault_cli.errors import UsageError
-from farfault_client.load.slo import BREAKS_TO_BELIEVE, STEPS_MAX, RateSearch, broken, parse_objectives
+from farfault_client.load.slo import STEPS_MAX, TRIES, RateSearch, broken, parse_objectives
 from farfault_client.load.tally import Tally, record
 
 
@@ -68,7 +68,7 @@ def test_the_search_gives_up_where_nothing_holds() -> None:
         search.tell(holds=False)
     assert search.holds_per_s == 0.0
     assert search.steps[-1].rate_per_s == 32.0
-    assert len(search.steps) == 6 * BREAKS_TO_BELIEVE
+    assert len(search.steps) == 6 * TRIES
 
 
 def test_one_disturbance_does_not_end_the_search() -> None:
