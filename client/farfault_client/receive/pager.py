@@ -7,6 +7,7 @@ it, so that no lock is needed. The decisions are the engine's and the classifier
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -319,6 +320,11 @@ class Pager:
         since = now if since is None else min(since, now)
         answer = self.engine.fault(key, pages, priority, since)
         if answer.ready:
+            if isinstance(key, PageKey) and self._installer is not None:
+                # It was installed just now (EEXIST), or the guest gave it back while it was: then it reads as zero,
+                # and without this the thread would fault on it for ever.
+                with contextlib.suppress(InstallError):
+                    self._installer.install_zero(PageRun(key.page, 1))
             self.stats.times.resolved(priority, since, now, None, FaultResult.PRESENT)
             self._restart(Waiter(key, priority, since, tuple(pages)))
             return
