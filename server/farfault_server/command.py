@@ -126,9 +126,10 @@ def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **op
     """
     configure_logging(level=log_level, as_json=json_logs)
     import uvloop
-    from farfault_cli.heap import keep_freed_memory
+    from farfault_cli.runtime import calm_collector, keep_freed_memory
 
     keep_freed_memory()
+    calm_collector()
     named = ServeOptions(is_frozen=frozen, is_insecure=insecure, log_level=log_level, json_logs=json_logs, **options)
     uvloop.run(run(named))
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import grpc.aio
-from farfault_cli.heap import keep_freed_memory
+from farfault_cli.runtime import keep_freed_memory
 from farfault_shim.layout import Layout
 
 from farfault_client.bulk.messages import (

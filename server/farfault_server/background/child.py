@@ -14,7 +14,7 @@ from typing import Any, Final
 import grpc.aio
 import uvloop
 from farfault_cli.errors import FarfaultError
-from farfault_cli.heap import keep_freed_memory
+from farfault_cli.runtime import keep_freed_memory
 from farfault_cli.logs import configure_logging
 from farfault_cli.tls import ServerTls
 

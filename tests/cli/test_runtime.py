@@ -7,7 +7,7 @@ import pytest
 
 CODE = """
 import resource, sys
-from farfault_cli.heap import keep_freed_memory
+from farfault_cli.runtime import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("no mallopt")
 def batches(count):
