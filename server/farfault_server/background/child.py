@@ -14,8 +14,8 @@ from typing import Any, Final
 import grpc.aio
 import uvloop
 from farfault_cli.errors import FarfaultError
-from farfault_cli.runtime import keep_freed_memory
 from farfault_cli.logs import configure_logging
+from farfault_cli.runtime import keep_freed_memory
 from farfault_cli.tls import ServerTls
 
 from farfault_server.background.wire import LINE_BYTES_MAX, REPORT_INTERVAL_S, Message, pack, regions_from_json
