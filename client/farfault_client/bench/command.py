@@ -9,6 +9,7 @@ import click
 
 SUBCOMMANDS: Final = {
     "compare": "farfault_client.bench.compare.command:compare",
+    "micro": "farfault_client.bench.micro.command:micro",
 }
 
 
@@ -33,6 +34,7 @@ def bench() -> None:
 
     \b
       farfault bench compare    whole moves beside QEMU's own post-copy
+      farfault bench micro      single steps of a fault beside C
       farfault bench compare --quick
 
     Other work on the machine disturbs every figure: cases that are compared run in turn, figures are medians, and

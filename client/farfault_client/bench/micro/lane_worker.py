@@ -1,0 +1,215 @@
+"""A process that fetches pages over a lane, with nothing of a VM: `LaneUser` in its barest form.
+
+    python -m farfault_client.bench.micro.lane_worker fetch TARGET grpc|express COUNT BACKGROUND
+    python -m farfault_client.bench.micro.lane_worker bulk TARGET INSTALL
+
+It prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import mmap
+import sys
+from time import perf_counter
+from typing import Final
+
+from farfault.v1 import pages_pb2 as pb
+from farfault_cli.errors import FarfaultError
+from farfault_shim.layout import PageIndex, PageRun
+from farfault_shim.uffd.userfaultfd import Userfaultfd
+
+from farfault_client.engine import ExtentResult, Fetch, Priority
+from farfault_client.session.answers import Answer, request_of
+from farfault_client.session.connect import session_config
+from farfault_client.session.lane import Lane
+from farfault_client.session.session import Session
+
+BATCH_PAGES: Final = 64
+WINDOW_REQUESTS: Final = 16
+"""Background requests that are not answered yet: 4 MiB."""
+STRIDE_PAGES: Final = 7919
+TIMEOUT_S: Final = 120.0
+FIRST_BACKGROUND_ID: Final = 1 << 32
+WARM_UP_SHARE: Final = 0.05
+
+
+class Background:
+    """Asks for all of memory in order, `WINDOW_REQUESTS` batches at a time; over and over if it is endless."""
+
+    def __init__(self, session: Session, *, endless: bool) -> None:
+        assert session.lease is not None
+        self._session = session
+        self._layout = session.lease.layout
+        self._endless = endless
+        self._next_page = 0
+        self._next_id = FIRST_BACKGROUND_ID
+        self._in_flight: dict[int, int] = {}
+        self.received_bytes = 0
+
+    @property
+    def finished(self) -> bool:
+        return not self._in_flight and self._next_page >= self._layout.page_count
+
+    def next_request(self) -> pb.FetchRequest | None:
+        if self._endless and self._next_page >= self._layout.page_count:
+            self._next_page = 0
+        if len(self._in_flight) >= WINDOW_REQUESTS or self._next_page >= self._layout.page_count:
+            return None
+        count = min(BATCH_PAGES, self._layout.page_count - self._next_page)
+        run = PageRun(PageIndex(self._next_page), count)
+        fetch = Fetch(self._next_id, Priority.BACKGROUND, (run,), count * 4096)
+        self._in_flight[fetch.request_id] = count
+        self._next_page += count
+        self._next_id += 1
+        return request_of(fetch, self._layout)
+
+    def answered(self, answer: Answer) -> None:
+        for done in answer.done:
+            self._in_flight.pop(done)
+        self.received_bytes += sum(extent.run.count for extent in answer.extents) * 4096
+        self._session.pump(Lane.BACKGROUND)
+
+
+class FetchUser:
+    """Fetches single pages, one at a time; the background flows meanwhile if there is one."""
+
+    def __init__(self, session: Session, count: int, background: Background | None) -> None:
+        assert session.lease is not None
+        self._session = session
+        self._layout = session.lease.layout
+        self._count = count
+        self._background = background
+        self._asked_at = 0.0
+        self._is_waiting = False
+        self.took_s: list[float] = []
+        self.finished = asyncio.Event()
+
+    def next_request(self, lane: Lane) -> pb.FetchRequest | None:
+        if lane is Lane.BACKGROUND:
+            return self._background.next_request() if self._background else None
+        if self._is_waiting or self.finished.is_set():
+            return None
+        self._is_waiting = True
+        number = len(self.took_s)
+        run = PageRun(PageIndex(number * STRIDE_PAGES % self._layout.page_count), 1)
+        self._asked_at = perf_counter()
+        return request_of(Fetch(number + 1, Priority.VCPU, (run,), 4096), self._layout)
+
+    def answered(self, lane: Lane, answer: Answer) -> None:
+        if lane is Lane.BACKGROUND:
+            assert self._background is not None
+            self._background.answered(answer)
+            return
+        self.took_s.append(perf_counter() - self._asked_at)
+        self._is_waiting = False
+        if len(self.took_s) >= self._count:
+            self.finished.set()
+        self._session.pump(Lane.DEMAND)
+
+    def lane_lost(self, lane: Lane) -> None:
+        if not self.finished.is_set():
+            raise FarfaultError(f"the {lane.value} lane was lost")
+
+
+class BulkUser:
+    """Takes all of memory over the background lane, and installs it where there is a target."""
+
+    def __init__(self, background: Background, target: Target | None) -> None:
+        self._background = background
+        self._target = target
+        self.began_at = 0.0
+        self.took_s = 0.0
+        self.finished = asyncio.Event()
+
+    def next_request(self, lane: Lane) -> pb.FetchRequest | None:
+        if lane is Lane.DEMAND:
+            return None
+        if not self.began_at:
+            self.began_at = perf_counter()
+        return self._background.next_request()
+
+    def answered(self, lane: Lane, answer: Answer) -> None:
+        if self._target is not None:
+            self._target.install(answer)
+        self._background.answered(answer)
+        if self._background.finished and not self.finished.is_set():
+            self.took_s = perf_counter() - self.began_at
+            self.finished.set()
+
+    def lane_lost(self, lane: Lane) -> None:
+        if not self.finished.is_set():
+            raise FarfaultError(f"the {lane.value} lane was lost")
+
+
+class Target:
+    """Memory of our own under a userfaultfd, where pages are installed that nobody waits for."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_SHARED)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._uffd = Userfaultfd.create()
+        self._uffd.register(self._address, size_bytes)
+
+    def install(self, answer: Answer) -> None:
+        """Installs what an answer brought."""
+        offset = answer.data_offset
+        for run, result in answer.extents:
+            if result is ExtentResult.DATA:
+                self._uffd.copy(self._address + run.first * 4096, answer.data, offset, run.count * 4096)
+                offset += run.count * 4096
+
+
+async def fetch(target: str, *, express: bool, count: int, with_background: bool) -> dict[str, float]:
+    """Percentiles of one fetch."""
+    session = Session(session_config(target, express=express, kind=pb.LEASE_KIND_CLONE))
+    await session.open()
+    background = Background(session, endless=True) if with_background else None
+    user = FetchUser(session, count, background)
+    began_at = perf_counter()
+    session.start(user)
+    async with asyncio.timeout(TIMEOUT_S):
+        await user.finished.wait()
+    carrier = session.stats.lanes[Lane.DEMAND].carrier
+    if carrier != ("express" if express else "grpc"):
+        raise FarfaultError(f"the demand lane went over {carrier}")
+    elapsed_s = perf_counter() - began_at
+    await session.close()
+    took_s = sorted(user.took_s[int(count * WARM_UP_SHARE) :])
+    figures = {"p50_us": took_s[len(took_s) // 2] * 1e6, "p99_us": took_s[len(took_s) * 99 // 100] * 1e6}
+    if background is not None:
+        figures["background_mb_per_s"] = background.received_bytes / 1e6 / elapsed_s
+    return figures
+
+
+async def bulk(target: str, *, with_install: bool) -> dict[str, float]:
+    """Rate of the background lane."""
+    session = Session(session_config(target, kind=pb.LEASE_KIND_CLONE))
+    lease = await session.open()
+    user = BulkUser(Background(session, endless=False), Target(lease.layout.size_bytes) if with_install else None)
+    session.start(user)
+    async with asyncio.timeout(TIMEOUT_S):
+        await user.finished.wait()
+    await session.close()
+    return {"mb_per_s": lease.layout.size_bytes / 1e6 / user.took_s}
+
+
+def main() -> None:
+    """Entry point of the child process."""
+    import uvloop
+
+    match sys.argv[1:]:
+        case ["fetch", target, lane, count, background]:
+            work = fetch(target, express=lane == "express", count=int(count), with_background=background == "1")
+        case ["bulk", target, install]:
+            work = bulk(target, with_install=install == "1")
+        case _:
+            sys.exit(2)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        print(json.dumps(runner.run(work)))
+
+
+if __name__ == "__main__":
+    main()
