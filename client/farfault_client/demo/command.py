@@ -16,8 +16,9 @@ from farfault_client.demo.processes import Processes
 from farfault_client.demo.scene import Scene, SceneConfig
 from farfault_client.demo.vms import VmmKind
 from farfault_client.migrate.follow import progress_bar
-from farfault_client.options import SIZE
+from farfault_client.options import FILE, SIZE
 from farfault_client.receive.summary import summary_of
+from farfault_client.report.command import write_report
 
 RAM_DEFAULT = {VmmKind.QEMU: 512 << 20, VmmKind.REFERENCE: 256 << 20, VmmKind.SIMULATED: 32 << 20}
 GUEST_RAM_MIN_BYTES = 24 << 20
@@ -37,9 +38,18 @@ GUEST_RAM_MIN_BYTES = 24 << 20
     show_default=True,
     help="How vCPUs miss pages; auto: NOWAIT exits where this host can annotate them.",
 )
+@click.option("--report", type=FILE, metavar="FILE", help="Write the page that `farfault report` makes of the move.")
 @click.option("--keep", is_flag=True, help="Keep the folder with logs and records.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, nothing else.")
-def demo(vmm: str | None, ram: int | None, vcpus: int, fault_source: str, keep: bool, as_json: bool) -> None:
+def demo(
+    vmm: str | None,
+    ram: int | None,
+    vcpus: int,
+    fault_source: str,
+    report: Path | None,
+    keep: bool,
+    as_json: bool,
+) -> None:
     """Move a real VM by post-copy on this machine, and check every byte of it.
 
     A guest fills its RAM and then verifies and changes every page for ever. It is moved while it runs: its vCPUs
@@ -49,6 +59,7 @@ def demo(vmm: str | None, ram: int | None, vcpus: int, fault_source: str, keep: 
     \b
       farfault demo
       farfault demo --vmm qemu --ram 2GiB --vcpus 4 --fault-source blocking
+      farfault demo --report move.html
       farfault demo --json | jq .fault_latency_us
     """
     kind = VmmKind(vmm) if vmm else VmmKind.best()
@@ -56,11 +67,16 @@ def demo(vmm: str | None, ram: int | None, vcpus: int, fault_source: str, keep: 
     if ram_bytes % (2 << 20) or ram_bytes < GUEST_RAM_MIN_BYTES:
         raise UsageError(f"--ram {ram_bytes} is not a multiple of 2 MiB from {GUEST_RAM_MIN_BYTES >> 20} MiB on")
     source = _fault_source(kind, fault_source)
-    config = SceneConfig(kind, ram_bytes=ram_bytes, vcpus=vcpus, fault_source=source)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the VMs end and their RAM is freed
     folder = Path(tempfile.mkdtemp(prefix="farfault-demo-"))
+    record = folder / "move.jsonl"
+    config = SceneConfig(
+        kind, ram_bytes=ram_bytes, vcpus=vcpus, fault_source=source, receive_flags=("--record", str(record))
+    )
     try:
         figures = _play(config, folder, quiet=as_json)
+        if report is not None:
+            write_report(record, report)
     except FarfaultError as error:
         raise type(error)(error.problem, error.remedy or f"logs are in {folder}") from error
     else:

@@ -23,13 +23,21 @@ def report(record: Path, output: Path | None) -> None:
       farfault receive --record move.jsonl ...
       farfault report move.jsonl -o move.html
     """
+    target = output or record.with_suffix(".html")
+    click.echo(f"wrote {target}, {write_report(record, target) >> 10} KiB")
+
+
+def write_report(record: Path, target: Path) -> int:
+    """Writes the page of a record; returns its length in bytes.
+
+    Raises:
+        UsageError: the record cannot be read or is none, or the page cannot be written.
+    """
     from farfault_client.report.page import page_of
     from farfault_client.report.reading import read_record
 
-    target = output or record.with_suffix(".html")
-    page = page_of(read_record(record))
+    page = page_of(read_record(record)).encode()
     try:
-        target.write_text(page, encoding="utf-8")
+        return target.write_bytes(page)
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}", "name another file with --output") from error
-    click.echo(f"wrote {target}, {len(page) >> 10} KiB")
