@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-import xxhash
+from farfault.checksum import checksum_of
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
 from farfault_server.memory.opening import open_ram
@@ -120,7 +120,7 @@ async def collect(read: Callable[[], Any], request_ids: set[int]) -> list[bytes 
 
 
 def pages_of(batch: pb.PageBatch) -> list[bytes | str]:
-    assert not batch.data or batch.checksum == xxhash.xxh3_64_intdigest(batch.data)
+    assert batch.checksum == checksum_of(batch, batch.data)
     pages: list[bytes | str] = []
     offset = 0
     for extent in batch.extents:

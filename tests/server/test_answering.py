@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-import xxhash
+from farfault.checksum import checksum_of
 from farfault.v1 import pages_pb2 as pb
 from farfault_server.lanes.answering import Answering
 from farfault_server.lanes.limits import RANGES_WAITING_MAX, LaneLimits
@@ -65,7 +65,7 @@ def drain(core: Answering) -> list[pb.PageBatch]:
     while (raw := core.next_batch()) is not None:
         batch = pb.PageBatch.FromString(raw)
         assert batch.generation == 9
-        assert batch.checksum == (xxhash.xxh3_64_intdigest(batch.data) if batch.data else 0)
+        assert batch.checksum == checksum_of(batch, batch.data)
         batches.append(batch)
     return batches
 

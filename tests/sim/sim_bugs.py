@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from farfault.checksum import checksum_of
 from farfault.codec import DecodedBatch
 from farfault_client.engine import Extent, ExtentResult, FaultAnswer, FaultEngine, Fetch, Install, PageState, Priority
 from farfault_client.engine.states import PageInput
@@ -13,7 +14,6 @@ from farfault_client.session import answers
 from farfault_client.session.answers import Answer, verify
 from farfault_shim.layout import Layout, PageIndex, PageRun
 from sim_receiver import Parts
-from xxhash import xxh3_64_intdigest
 
 
 class NoDedupe(FaultEngine):
@@ -102,8 +102,8 @@ def any_length(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer
     data = bytes(decoded.data)[:expected].ljust(expected, b"\xee")
     header = type(decoded.header)()
     header.CopyFrom(decoded.header)
-    if xxh3_64_intdigest(decoded.data) == header.checksum:
-        header.checksum = xxh3_64_intdigest(data)
+    if checksum_of(header, decoded.data) == header.checksum:
+        header.checksum = checksum_of(header, data)
     return verify(DecodedBatch(header, data, 0, len(data)), layout, generation)
 
 
@@ -114,7 +114,7 @@ def any_generation(decoded: DecodedBatch, layout: Layout, generation: int) -> An
 
 def any_checksum(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
     """Accepts corrupted data."""
-    decoded.header.checksum = xxh3_64_intdigest(decoded.data)
+    decoded.header.checksum = checksum_of(decoded.header, decoded.data)
     return verify(decoded, layout, generation)
 
 

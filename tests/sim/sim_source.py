@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import xxhash
+from farfault.checksum import checksum_of
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.layout import Layout
 from google.protobuf.message import DecodeError
@@ -96,7 +96,7 @@ class Server:
                 batch.extents.add(region=region, first_page=page, page_count=1, kind=kind)
         self.served_pages += len(data)
         batch.data = b"".join(data)
-        batch.checksum = xxhash.xxh3_64_intdigest(batch.data)
+        batch.checksum = checksum_of(batch, batch.data)
         return batch
 
 
@@ -175,12 +175,9 @@ class Network:
         if self.happens(self.trouble.truncate):
             raw = raw[: self.rng.randrange(len(raw) + 1)]
         elif self.happens(self.trouble.corrupt):
-            batch = pb.PageBatch.FromString(raw)
-            data = bytearray(batch.data)
-            if data:  # the rest is guarded by TCP or TLS only: the checksum is of the data
-                data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
-                batch.data = bytes(data)
-                raw = batch.SerializeToString()
+            damaged = bytearray(raw)
+            damaged[self.rng.randrange(len(damaged))] ^= 1 << self.rng.randrange(8)
+            raw = bytes(damaged)
         return [raw, raw] if self.happens(self.trouble.duplicate) else [raw]
 
     def poison(self, raw: bytes) -> bytes:
@@ -191,7 +188,7 @@ class Network:
             batch = pb.PageBatch.FromString(raw)
         except DecodeError:  # it was cut short before
             return raw
-        if xxhash.xxh3_64_intdigest(batch.data) != batch.checksum:
+        if checksum_of(batch, batch.data) != batch.checksum:
             return raw  # it was corrupted before
         match self.rng.randrange(6):
             case 0:  # bytes that nobody asked for
@@ -217,5 +214,5 @@ class Network:
                 batch.done_request_ids.append(self.rng.getrandbits(40))
             case _:  # the memory of another time
                 batch.generation += 1
-        batch.checksum = xxhash.xxh3_64_intdigest(batch.data)
+        batch.checksum = checksum_of(batch, batch.data)
         return batch.SerializeToString()

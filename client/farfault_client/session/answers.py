@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import xxhash
+from farfault.checksum import checksum_of
 from farfault.codec import DecodedBatch
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.layout import Layout, PageIndex, PageRun
@@ -93,7 +93,7 @@ def verify(decoded: DecodedBatch, layout: Layout, generation: int, *, data_check
         extents.append(Extent(run, result))
     if decoded.data_length != expected_bytes:
         raise BadAnswerError(f"{decoded.data_length} bytes of data for {expected_bytes} bytes of pages")
-    if expected_bytes and not data_checked and xxhash.xxh3_64_intdigest(decoded.data) != batch.checksum:
+    if not data_checked and checksum_of(batch, decoded.data) != batch.checksum:
         raise BadAnswerError(f"checksum of {expected_bytes} bytes does not match")
     return Answer(
         extents,

@@ -74,7 +74,9 @@ class PageServiceServicer:
         ALREADY_EXISTS       another destination holds the migration lease
         FAILED_PRECONDITION  protocol version or generation does not match
         RESOURCE_EXHAUSTED   too many leases, or opens come too fast
-        PERMISSION_DENIED    the resume token is wrong
+        PERMISSION_DENIED    the resume token or the admission token is wrong
+        UNAUTHENTICATED      the server wants an admission token
+        INVALID_ARGUMENT     no lease kind, or client_name is too long
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,7 +85,8 @@ class PageServiceServicer:
     def Demand(self, request_iterator, context):
         """Urgent pages. Requests may be answered in any order and several in one batch. The server answers
         as soon as the data is read: it never delays a lone request to fill a batch. A bad range gets a
-        status of its own in the answer; the stream lives on. The server bounds the pages in one request
+        status of its own in the answer; the stream lives on. A message that is no FetchRequest ends its stream
+        with INVALID_ARGUMENT, one of more than 64 KiB with RESOURCE_EXHAUSTED. The server bounds the pages in one request
         (Limits.max_request_pages) and the requests it holds (Limits.max_requests_in_flight); past either
         the range is answered REJECTED.
         """
@@ -101,7 +104,8 @@ class PageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Complete(self, request, context):
-        """The destination holds every page. After this the source may free the memory. Idempotent.
+        """The destination holds every page. After this the source may free the memory. Idempotent. Of a clone lease
+        it changes nothing. FAILED_PRECONDITION for another generation, and before HandOver where there is one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,7 +114,8 @@ class PageServiceServicer:
     def Digest(self, request, context):
         """A digest of the frozen memory, for an end-to-end check: for each range the sum, modulo 2^64, of
         XXH3-64(page bytes, seed = page index in its region) over its pages, zero pages included. The sum
-        does not depend on the order in which pages travel. At most Limits.max_digest_pages a call.
+        does not depend on the order in which pages travel. At most Limits.max_digest_pages a call, else
+        RESOURCE_EXHAUSTED; INVALID_ARGUMENT for pages that are not there, FAILED_PRECONDITION while the VM runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -6,10 +6,10 @@ until it returns None. A lone request is answered by the first call; requests th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
-import xxhash
+from farfault.checksum import batch_checksum
 from farfault.codec import Extent, encode_batch
 from farfault.v1 import pages_pb2 as pb
 
@@ -22,18 +22,6 @@ from farfault_server.memory.zeros import runs, zero_block
 ZERO: Final = int(pb.EXTENT_KIND_ZERO)
 NOT_FROZEN: Final = int(pb.EXTENT_KIND_NOT_FROZEN)
 IO_ERROR: Final = int(pb.EXTENT_KIND_IO_ERROR)
-
-
-def checksum_of(data: Sequence[bytes]) -> int:
-    """XXH3-64, seed 0, of all pieces; 0 where there are none."""
-    if len(data) == 1:
-        return xxhash.xxh3_64_intdigest(data[0])
-    if not data:
-        return 0
-    hashed = xxhash.xxh3_64()
-    for piece in data:
-        hashed.update(piece)
-    return hashed.intdigest()
 
 
 class _Batch:
@@ -182,14 +170,15 @@ class Answering:
                 self._add_runs(region, region_id, page, block, batch)
 
     def _pack(self, batch: _Batch, started_us: int, queue_us: int) -> bytes:
-        checksum = checksum_of(batch.data)
+        generation = self._memory.generation
+        checksum = batch_checksum(batch.done, batch.extents, generation, batch.data)
         read_us = self._clock_us() - started_us
         message = encode_batch(
             batch.done,
             batch.extents,
             checksum,
             batch.data,
-            self._memory.generation,
+            generation,
             server_queue_us=queue_us,
             server_read_us=read_us,
         )

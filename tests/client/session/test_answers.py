@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import xxhash
+from farfault.checksum import checksum_of
 from farfault.codec import decode_batch
 from farfault.v1 import pages_pb2 as pb
 from farfault_client.engine import ExtentResult, Fetch, Priority
@@ -23,18 +23,19 @@ def batch(*extents: tuple[int, int, int, int], data: bytes | None = None, done: 
     if data is None:
         size = sum(count * LAYOUT.regions[region].page_size_bytes for region, _, count, kind in extents if kind == DATA)
         data = b"\7" * size
-    return pb.PageBatch(
+    message = pb.PageBatch(
         done_request_ids=done,
         extents=[
             pb.Extent(region=region, first_page=first, page_count=count, kind=kind)  # type: ignore[arg-type]
             for region, first, count, kind in extents
         ],
         data=data,
-        checksum=xxhash.xxh3_64_intdigest(data),
         generation=GENERATION,
         server_queue_us=11,
         server_read_us=12,
     )
+    message.checksum = checksum_of(message, data)
+    return message
 
 
 def check(message: pb.PageBatch) -> Answer:
