@@ -458,7 +458,10 @@ class Receiver:
         self._notify()
 
     def _connection_changed(self, connected: bool) -> None:
-        logger.info("page server %s", "connected" if connected else "out of reach; faults wait")
+        if connected:
+            logger.info("page server connected")
+        elif self.progress.phase not in (rpb.PHASE_DONE, rpb.PHASE_FAILED):
+            logger.info("page server out of reach; faults wait")
         self._notify()
 
     def _phase(self, phase: rpb.Phase) -> None:
