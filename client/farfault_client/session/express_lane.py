@@ -44,8 +44,6 @@ class ExpressLane(asyncio.Protocol):
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._welcome: asyncio.Future[None] = self._loop.create_future()
         self._pump_scheduled = False
-        self._outstanding = 0
-        self._waiting_since: float | None = None
 
     @classmethod
     async def connect(
@@ -85,11 +83,7 @@ class ExpressLane(asyncio.Protocol):
             self._loop.call_soon(self._send)
 
     async def run(self) -> None:
-        watch = self._loop.create_task(self._watch_silence())
-        try:
-            await self._ended
-        finally:
-            watch.cancel()
+        await self._ended
 
     async def close(self) -> None:
         self._end(None)
@@ -130,9 +124,6 @@ class ExpressLane(asyncio.Protocol):
         if not self._welcomed or self._ended.done():
             return
         while (request := self._user.next_request(Lane.DEMAND)) is not None:
-            self._outstanding += 1
-            if self._waiting_since is None:
-                self._waiting_since = self._loop.time()
             self._write(request.SerializeToString())
 
     def _write(self, message: bytes) -> None:
@@ -150,8 +141,6 @@ class ExpressLane(asyncio.Protocol):
             self._end(error)
             return
         self._stats.answers += 1
-        self._outstanding -= len(answer.done)
-        self._waiting_since = self._loop.time() if self._outstanding else None
         self._user.answered(Lane.DEMAND, answer)
 
     def _let_in(self, frame: bytes) -> None:
@@ -165,13 +154,6 @@ class ExpressLane(asyncio.Protocol):
             return
         self._welcomed = True
         self._welcome.set_result(None)
-
-    async def _watch_silence(self) -> None:
-        """A plain stream has no keep-alive of its own: the lane is lost when a request stays unanswered."""
-        while True:
-            await asyncio.sleep(SILENCE_CHECK_S)
-            if self._waiting_since is not None and self._loop.time() - self._waiting_since > SILENCE_MAX_S:
-                self._end(LaneLostError(f"express lane: no answer for {SILENCE_MAX_S:g} s"))
 
     def _end(self, error: Exception | None) -> None:
         if self._transport is not None:

@@ -21,6 +21,7 @@ from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
 from farfault_client.bulk.lane import BulkHost, ProcessLane
+from farfault_client.session.answer_watch import ANSWER_TIMEOUT_S, AnswerWatch
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.backoff import backoff
 from farfault_client.session.express_lane import ExpressLane
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
 OPEN_TIMEOUT_S = 10.0
+WATCH_INTERVAL_S = 1.0
+"""Between two looks at how long a lane has been silent."""
 BAD_ANSWERS_MAX = 16
 """Answers that break the contract, in a row, before `Session.error` says so; it goes on trying."""
 PAGES_MAX = 1 << 31
@@ -215,14 +218,15 @@ class Session:
         """One connection of a lane, from its start to its loss. True: it carried something."""
         stats = self.stats.lanes[lane]
         before = stats.answers
-        driver = await self._connect(lane, user)
+        watch = AnswerWatch(user, asyncio.get_running_loop().time)
+        driver = await self._connect(lane, watch)
         stats.connects += 1
         stats.carrier = driver.carrier
         self._drivers[lane] = driver
         self._changed(lane)
         try:
             driver.pump()
-            await driver.run()
+            await _until_silent(driver, lane, watch)
         except grpc.aio.AioRpcError as error:
             raise explain(error, self.config.peer.target) from error
         except BadAnswerError as error:
@@ -236,7 +240,7 @@ class Session:
             del self._drivers[lane]
             stats.carrier = ""
             self._changed(lane)
-            user.lane_lost(lane)
+            watch.lane_lost(lane)
             await driver.close()
         carried = stats.answers > before
         self._fruitless[lane] = 0 if carried else self._fruitless[lane] + 1
@@ -302,6 +306,20 @@ class Session:
     def _changed(self, lane: Lane) -> None:
         if lane is Lane.DEMAND:
             self._on_change(self.connected)
+
+
+async def _until_silent(driver: LaneDriver, lane: Lane, watch: AnswerWatch) -> None:
+    """Runs a driver to its end. Raises LaneLostError when requests stay unanswered."""
+    running = asyncio.ensure_future(driver.run())
+    try:
+        while not running.done():
+            await asyncio.wait({running}, timeout=WATCH_INTERVAL_S)
+            if not running.done() and watch.silent_s() > ANSWER_TIMEOUT_S[lane]:
+                raise LaneLostError(f"no answer for {watch.silent_s():.0f} s")
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    running.result()
 
 
 def _layout_of(response: pb.OpenResponse, target: str) -> Layout:
