@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from farfault_cli.errors import UsageError
+from farfault_cli.errors import UnreachableError, UsageError
 from farfault_cli.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ async def run(options: ServeOptions) -> None:
         abandon=options.abandon,
     )
     async with AsyncExitStack() as stack:
-        server = PageServer(open_regions(options), config, open_store(options), await connect_vmm(options.qmp))
+        regions, store = open_regions(options), open_store(options)
+        server = PageServer(regions, config, store, await connect_vmm(options.qmp, store))
         await server.start()
         stack.push_async_callback(server.stop)
         for region in server.regions:
@@ -255,13 +256,29 @@ def open_store(options: ServeOptions) -> Store:
     return MemoryStore() if state is None else DirectoryStore(state)
 
 
-async def connect_vmm(qmp: Path | None) -> SourceVmm | None:
-    """Control of the VMM, where there is one."""
+async def connect_vmm(qmp: Path | None, store: Store) -> SourceVmm | None:
+    """Control of the VMM, where there is one.
+
+    After the hand-over its VMM is not needed any more: the memory is in a file, and is served without it.
+
+    Raises:
+        UnreachableError: it cannot be had, and the VM is still its own.
+    """
     if qmp is None:
         return None
     from farfault_vmm.qmp import QmpVmm
 
-    return await QmpVmm.connect(qmp)
+    from farfault_server.leases.phases import GONE
+    from farfault_server.source_vm import GoneVmm
+
+    try:
+        return await QmpVmm.connect(qmp)
+    except UnreachableError as error:
+        book = store.load()
+        if book is None or book.phase not in GONE:
+            raise
+        logger.warning("%s; the VM was %s, so its memory is served without it", error.problem, book.phase.value)
+        return GoneVmm(error)
 
 
 def write_port(path: Path, port: int) -> None:

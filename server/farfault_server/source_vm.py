@@ -51,6 +51,38 @@ class SourceVmm(Protocol):
         """Ends the control; the VM stays as it is."""
 
 
+class GoneVmm:
+    """The VMM of a VM that was handed over, and that has ended since: it can be asked nothing.
+
+    Args:
+        error: why; every method but `close` raises it.
+    """
+
+    stopped_unix_us: int | None = None
+
+    def __init__(self, error: FarfaultError) -> None:
+        self._error = error
+
+    async def describe(self) -> VmDescription:
+        raise self._error
+
+    async def prepare_source(self) -> None:
+        raise self._error
+
+    async def suspend(self) -> AsyncIterator[bytes]:
+        raise self._error
+        yield b""
+
+    async def resume(self) -> None:
+        raise self._error
+
+    async def status(self) -> str:
+        raise self._error
+
+    async def close(self) -> None:
+        """There is nothing to end."""
+
+
 class VmOwner:
     """Stops, starts and hands over the VM, each step on record first.
 
