@@ -102,6 +102,10 @@ class Processes:
         """Children that were started and not ended."""
         return list(self._running)
 
+    def is_running(self, name: str) -> bool:
+        """Has a child that was started not ended by itself?"""
+        return self._running[name].poll() is None
+
     def pid(self, name: str) -> int:
         return self._running[name].pid
 
