@@ -9,8 +9,10 @@ from farfault.v1 import pages_pb2 as pb
 from farfault_client.session.answers import Answer
 from farfault_client.session.lane import Lane, LaneUser
 
-ANSWER_TIMEOUT_S = {Lane.DEMAND: 5.0, Lane.BACKGROUND: 60.0}
-"""A request that is older than this and unanswered says that the lane is lost. Bulk may queue for long on a slow link."""
+SILENCE_MAX_S = {Lane.DEMAND: 8.0, Lane.BACKGROUND: 20.0}
+"""A lane that owes answers and has brought none for so long is lost. Bulk may queue for long on a slow link."""
+FORGOTTEN_MAX_S = 60.0
+"""So is one that answers others, but not a request that is older than this."""
 
 
 class AnswerWatch:
@@ -24,6 +26,7 @@ class AnswerWatch:
     def __init__(self, user: LaneUser, clock: Callable[[], float]) -> None:
         self._user = user
         self._clock = clock
+        self._answered_at = float("-inf")
         self._sent_at: dict[int, float] = {}  # request id to when it was sent, oldest first
 
     def next_request(self, lane: Lane) -> pb.FetchRequest | None:
@@ -33,6 +36,7 @@ class AnswerWatch:
         return request
 
     def answered(self, lane: Lane, answer: Answer) -> None:
+        self._answered_at = self._clock()
         for request_id in answer.done:
             self._sent_at.pop(request_id, None)
         self._user.answered(lane, answer)
@@ -41,8 +45,14 @@ class AnswerWatch:
         self._sent_at.clear()
         self._user.lane_lost(lane)
 
-    def silent_s(self) -> float:
-        """Age of the oldest request that has not been answered in full; 0: there is none."""
+    def complaint(self, lane: Lane) -> str:
+        """Why the lane is to be taken for lost; empty: it is well."""
+        now = self._clock()
         for sent_at in self._sent_at.values():
-            return self._clock() - sent_at
-        return 0.0
+            silent_s = now - max(sent_at, self._answered_at)
+            if silent_s > SILENCE_MAX_S[lane]:
+                return f"no answer for {silent_s:.0f} s"
+            if now - sent_at > FORGOTTEN_MAX_S:
+                return f"a request was not answered in {now - sent_at:.0f} s"
+            return ""  # the others are younger
+        return ""

@@ -97,8 +97,6 @@ class ExpressLane(asyncio.Protocol):
         self._end(LaneLostError(f"express lane: {exc or 'the page server closed it'}"))
 
     def data_received(self, data: bytes) -> None:
-        if self._waiting_since is not None:
-            self._waiting_since = self._loop.time()  # a slow link is not a dead one
         if self._received or len(data) < LENGTH.size:
             self._received += data
             data = bytes(self._received)

@@ -21,7 +21,7 @@ from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
 from farfault_client.bulk.lane import BulkHost, ProcessLane
-from farfault_client.session.answer_watch import ANSWER_TIMEOUT_S, AnswerWatch
+from farfault_client.session.answer_watch import AnswerWatch
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.backoff import backoff
 from farfault_client.session.express_lane import ExpressLane
@@ -314,8 +314,9 @@ async def _until_silent(driver: LaneDriver, lane: Lane, watch: AnswerWatch) -> N
     try:
         while not running.done():
             await asyncio.wait({running}, timeout=WATCH_INTERVAL_S)
-            if not running.done() and watch.silent_s() > ANSWER_TIMEOUT_S[lane]:
-                raise LaneLostError(f"no answer for {watch.silent_s():.0f} s")
+            complaint = watch.complaint(lane)
+            if complaint and not running.done():
+                raise LaneLostError(complaint)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
