@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard proto/farfault/v1/*.proto)
 
-.PHONY: demo test unit check observe bench bench-docs proto native setup clean help
+.PHONY: machine demo test unit check observe bench bench-docs proto native setup clean help
 
 help:
 	@echo "make demo   a real VM moves by post-copy on this machine"
@@ -15,7 +15,6 @@ help:
 	@echo "make proto  generate farfault.v1 from proto/"
 
 setup: $(VENV)/.installed native
-	@tests/setup-machine.sh
 
 demo: setup
 	@$(BIN)/farfault demo $(DEMO_FLAGS)
@@ -32,6 +31,7 @@ check: $(VENV)/.installed native
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy proto/farfault server/farfault_server client/farfault_client client/farfault_cli vmm_shim/farfault_shim vmm_shim/farfault_vmm
 	@$(BIN)/lint-imports
+	@$(BIN)/pytest -q -p no:cacheprovider tests/proto/test_generated.py
 
 # Prometheus, a real move, and every query of deploy/ against it.
 observe: setup
@@ -48,11 +48,14 @@ bench-docs: setup
 	@$(BIN)/farfault bench vcpus --markdown docs/benchmarks.md
 
 # The virtual environment follows pyproject.toml.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml | machine
 	@echo "==> virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
+
+machine:
+	@PYTHON=$(PYTHON) tests/setup-machine.sh
 
 native: $(VENV)/.installed
 	@$(MAKE) --no-print-directory -C vmm_shim/preload

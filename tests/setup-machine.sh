@@ -8,6 +8,10 @@ packages=()
 need() { # need COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 || packages+=("$2")
 }
+# Debian's python3 makes virtual environments only with this package.
+${PYTHON:-python3} -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
+need cc gcc
+need as binutils
 if [ "$(uname -m)" = x86_64 ]; then
     need qemu-system-x86_64 qemu-system-x86
     need busybox busybox-static
