@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from farfault_client.engine import PageState
 from farfault_client.metrics.families import counter, counters, gauge, gauges
-from farfault_client.metrics.fault_histogram import fault_histogram
+from farfault_client.metrics.fault_histogram import fault_histogram, request_histogram
 from farfault_client.receive.pager import Pager
 from farfault_client.receive.receiver import Receiver
 from farfault_client.session.lane import LaneStats
@@ -73,6 +73,7 @@ def _faults(pager: Pager) -> Iterator[Metric]:
     stats, slow, waiting = pager.stats, pager.slow_faults, pager.engine.waiting
     now = time.monotonic()
     yield fault_histogram(stats.times, slow.last)
+    yield request_histogram(stats.times)
     yield counters(
         "farfault_faults_total", "Faults by where their address came from.", "source", stats.faults_by_source
     )

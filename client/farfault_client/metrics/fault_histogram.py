@@ -1,4 +1,4 @@
-"""The histogram ``farfault_fault_seconds``, from the receiver's own histograms."""
+"""The histograms of faults and of requests, from the receiver's own."""
 
 from __future__ import annotations
 
@@ -35,6 +35,20 @@ def fault_histogram(times: FaultTimes, slow: dict[Priority, SlowFault]) -> Histo
         labels = (stage.value, priority.name.lower(), result.value)
         buckets: Any = _buckets(histogram.octaves(), exemplar)
         family.add_metric(labels, buckets, histogram.sum_us * 1e-6)
+    return family
+
+
+def request_histogram(times: FaultTimes) -> HistogramMetricFamily:
+    """Round trips of requests by the class of their most urgent page, for classes that had any."""
+    family = HistogramMetricFamily(
+        "farfault_request_seconds",
+        "Time from sending a request until it is answered in full, by the class of its most urgent page.",
+        labels=("class",),
+    )
+    for priority, histogram in times.requests.items():
+        if histogram.count:
+            buckets: Any = _buckets(histogram.octaves(), None)
+            family.add_metric((priority.name.lower(),), buckets, histogram.sum_us * 1e-6)
     return family
 
 

@@ -36,6 +36,13 @@ class FaultResult(Enum):
     """The page was there: a lost race."""
 
 
+class Sent(NamedTuple):
+    """A request that is under way: when it was sent, in seconds of the monotonic clock, and its most urgent page."""
+
+    at: float
+    priority: Priority
+
+
 class Trip(NamedTuple):
     """An answer that is being handled; times in seconds of the monotonic clock."""
 
@@ -45,9 +52,15 @@ class Trip(NamedTuple):
 
 
 class FaultTimes:
-    """Histograms by stage, priority and result; made at first use, at most 5 x 2 x 3 of them."""
+    """Histograms by stage, priority and result; made at first use, at most 5 x 2 x 3 of them.
+
+    Attributes:
+        total: of all faults.
+        requests: from sending a request until it is answered in full, by priority.
+    """
 
     def __init__(self) -> None:
+        self.requests = {priority: LatencyHistogram() for priority in Priority}
         self._histograms: dict[tuple[Stage, Priority, FaultResult], LatencyHistogram] = {}
         self.total = LatencyHistogram()
 
@@ -61,6 +74,10 @@ class FaultTimes:
         self._observe(Stage.WIRE, priority, result, trip.answered_at - trip.sent_at - trip.server_s)
         self._observe(Stage.SERVER, priority, result, trip.server_s)
         self._observe(Stage.INSTALL, priority, result, now - trip.answered_at)
+
+    def answered(self, sent: Sent, now: float) -> None:
+        """A request is answered in full at `now`."""
+        self.requests[sent.priority].observe(now - sent.at)
 
     def histograms(self) -> dict[tuple[Stage, Priority, FaultResult], LatencyHistogram]:
         """All that have counted something."""

@@ -43,7 +43,7 @@ from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
 
 from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
 from farfault_client.metrics.slow_faults import SlowFaults
-from farfault_client.receive.fault_times import FaultResult, FaultTimes, Trip
+from farfault_client.receive.fault_times import FaultResult, FaultTimes, Sent, Trip
 from farfault_client.session.answers import Answer, request_of
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
@@ -149,7 +149,7 @@ class Pager:
         self._presence: list[tuple[set[PageIndex], asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._background_timer: asyncio.TimerHandle | None = None
-        self._in_flight: dict[Lane, dict[int, float]] = {lane: {} for lane in Lane}  # request id to when it was sent
+        self._in_flight: dict[Lane, dict[int, Sent]] = {lane: {} for lane in Lane}  # by request id
         self._trip: Trip | None = None  # of the answer that is being handled
         self._unregistered = False
 
@@ -345,13 +345,17 @@ class Pager:
             fetch = None
         if fetch is None:
             return None
-        self._in_flight[lane][fetch.request_id] = time.monotonic()
+        self._in_flight[lane][fetch.request_id] = Sent(time.monotonic(), fetch.priority)
         return request_of(fetch, self.layout)
 
     def answered(self, lane: Lane, answer: Answer) -> None:
         now = time.monotonic()
-        in_flight = self._in_flight[lane]
-        sent_at = min((in_flight.pop(done, now) for done in answer.done), default=now)
+        sent_at, in_flight = now, self._in_flight[lane]
+        for done in answer.done:
+            sent = in_flight.pop(done, None)
+            if sent is not None:
+                sent_at = min(sent_at, sent.at)
+                self.stats.times.answered(sent, now)
         self._trip = Trip(sent_at, now, (answer.server_queue_us + answer.server_read_us) * 1e-6)
         if self._installer is None:
             self.engine.lost(answer.done)
