@@ -10,6 +10,7 @@ import click
 SUBCOMMANDS: Final = {
     "compare": "farfault_client.bench.compare.command:compare",
     "micro": "farfault_client.bench.micro.command:micro",
+    "vcpus": "farfault_client.bench.vcpus.command:vcpus",
 }
 
 
@@ -35,6 +36,7 @@ def bench() -> None:
     \b
       farfault bench compare    whole moves beside QEMU's own post-copy
       farfault bench micro      single steps of a fault beside C
+      farfault bench vcpus      missed pages a second by number of vCPUs
       farfault bench compare --quick
 
     Other work on the machine disturbs every figure: cases that are compared run in turn, figures are medians, and
