@@ -12,6 +12,8 @@ help:
 	@echo "make check  ruff, mypy --strict, import-linter, generated-code drift, C warnings"
 	@echo "make bench  measurements, as ratios in one run"
 	@echo "make observe  every query of deploy/ against Prometheus and a real move"
+	@echo "make chaos  200 real migrations while everything breaks; CHAOS_FLAGS=\"--seed 17 --runs 1 --logs\""
+	@echo "make soak   a VM moved there and back for 15 minutes; SOAK_FLAGS=\"--minutes 2\""
 	@echo "make proto  generate farfault.v1 from proto/"
 
 setup: $(VENV)/.installed native
@@ -59,6 +61,12 @@ machine:
 
 native: $(VENV)/.installed
 	@$(MAKE) --no-print-directory -C vmm_shim/preload
+
+chaos: setup
+	@$(BIN)/python tests/chaos/chaos.py $(CHAOS_FLAGS)
+
+soak: setup
+	@$(BIN)/python tests/chaos/soak.py $(SOAK_FLAGS)
 
 proto: $(VENV)/.installed
 	@$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto --grpc_python_out=proto $(PROTOS)

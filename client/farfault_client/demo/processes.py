@@ -106,6 +106,10 @@ class Processes:
         """Has a child that was started not ended by itself?"""
         return self._running[name].poll() is None
 
+    def exit_code(self, name: str) -> int | None:
+        """How a child ended; None: it lives. Negative: by that signal."""
+        return self._running[name].poll()
+
     def pid(self, name: str) -> int:
         return self._running[name].pid
 

@@ -116,10 +116,11 @@ class End(asyncio.Protocol):
                 break
             _, data = self._on_the_way.popleft()
             self._on_the_way_bytes -= len(data)
-            if not self._pair.is_dead:
+            if not self._pair.is_dead and not other.transport.is_closing():
                 other.transport.write(network.pass_through(self._pair, data, self._direction))
         if self._on_the_way_bytes <= BUFFER_BYTES_MAX // 2 and self.transport is not None:
-            self.transport.resume_reading()
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
         self._pair.drained()
 
     def start(self) -> None:
