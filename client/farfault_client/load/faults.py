@@ -156,9 +156,7 @@ class FaultLoad:
 
     def advance(self, now: float) -> None:
         """Time has passed: ends the warm-up or the run, and issues what is due."""
-        if not self._is_measured and now >= self._measured_from:
-            self._is_measured = True
-            self._present.clear()  # what the warm-up fetched does not count, nor is it spared
+        self._end_warm_up(now)
         if self._schedule is not None:
             self._issue_due(self._schedule, now)
         if now >= self._until:
@@ -166,6 +164,7 @@ class FaultLoad:
 
     def resume(self, now: float) -> None:
         """Answers have come: closed-loop vCPUs whose page is there fault again; what was held back is issued."""
+        self._end_warm_up(now)
         if self._schedule is not None:
             self._issue_due(self._schedule, now)
         if self._released:
@@ -263,6 +262,12 @@ class FaultLoad:
         requests.clear()
 
     # ---- within ----------------------------------------------------------------------------------
+
+    def _end_warm_up(self, now: float) -> None:
+        """Before the first fault that is counted: what the warm-up fetched does not count, nor is it spared."""
+        if not self._is_measured and now >= self._measured_from:
+            self._is_measured = True
+            self._present.clear()
 
     def _issue_due(self, schedule: Schedule, now: float) -> None:
         while self.ended_by is None and self._outstanding < OUTSTANDING_MAX:

@@ -154,6 +154,22 @@ def test_warm_up_is_not_counted_and_does_not_use_the_memory_up() -> None:
     assert load.ended_by is Ending.COMPLETE
 
 
+def test_the_warm_up_ends_even_where_an_answer_comes_before_the_timer() -> None:
+    load = load_of(pages=50, vcpus=1)
+    load.begin(0.0, measured_from=1.0, until=100.0)
+    now = 0.9
+    for _ in range(60):
+        request = load.next_request(0)
+        if request is None:
+            break
+        load.answered(0, answer_to(request), now)
+        now += 0.2
+        load.resume(now)
+        load.advance(now)
+    assert load.ended_by is Ending.COMPLETE
+    assert load.take_tally(now).pages == 50
+
+
 def test_pages_are_a_bound() -> None:
     load = load_of(vcpus=4)
     tally = VirtualServer(load, lambda now: 0.001).run(until=100.0, pages=37)
