@@ -8,7 +8,7 @@ event      ``t``, ``level`` (``info``, ``warning``, ``error``), ``text``
 footer     ``t`` and ``summary``, the figures that `farfault receive --json` prints
 =========  ===========================================================================================
 
-A receiver that is started again appends: the file then holds a header for each.
+A receiver that takes a move up appends: the file then holds a header for each. A new move begins the file anew.
 """
 
 from typing import Final

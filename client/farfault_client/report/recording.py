@@ -14,6 +14,7 @@ from typing import Final, TextIO
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import UsageError
 
+from farfault_client.receive.journal import Step
 from farfault_client.receive.receiver import Receiver
 from farfault_client.report.recorder import Line, Recorder
 
@@ -24,13 +25,18 @@ BUFFER_BYTES: Final = 1 << 16
 
 
 async def start_recording(receiver: Receiver, path: Path) -> Callable[[], Awaitable[None]]:
-    """Records from now on. Returns how to end that, which writes the footer.
+    """Records from now on: a new move begins the file anew, one that is taken up goes on in it.
+
+    Returns:
+        How to end that, which writes the footer.
 
     Raises:
         UsageError: the file cannot be written.
     """
+    record = receiver.journal.record
+    is_new = record is None or record.step is Step.OPENED
     try:
-        file = path.open("a", buffering=BUFFER_BYTES, encoding="utf-8")
+        file = path.open("w" if is_new else "a", buffering=BUFFER_BYTES, encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"cannot write the record {path}: {error.strerror}", "name another file with --record"

@@ -11,6 +11,7 @@ from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import UsageError
 from farfault_client.engine import Priority
 from farfault_client.receive.fault_times import FaultResult
+from farfault_client.receive.journal import Record, Step
 from farfault_client.receive.receiver import Receiver
 from farfault_client.report import recorder as recorder_module
 from farfault_client.report.reading import read_record
@@ -88,6 +89,22 @@ async def test_a_record_can_be_read_back(tmp_path: Path) -> None:
     assert sum(sum(sample.latency.values()) for sample in record.samples) == 1
     assert record.summary["phase"] == "done"
     assert record.header["guest_pages"] == 1024
+
+
+@pytest.mark.parametrize(("step", "headers"), [(None, 1), (Step.OPENED, 1), (Step.RUNNING, 2)])
+async def test_only_a_move_that_is_taken_up_goes_on_in_its_file(
+    tmp_path: Path, step: Step | None, headers: int
+) -> None:
+    path = tmp_path / "move.jsonl"
+    for folder in ("first", "second"):
+        receiver = make_receiver(tmp_path / folder)
+        if step is not None:
+            receiver.journal.write(Record(step, "127.0.0.1:1", "lease-1", "secret", 1))
+        end = await start_recording(receiver, path)
+        await end()
+
+    assert path.read_text().count('"type":"header"') == headers
+    assert read_record(path).receivers == headers
 
 
 async def test_nothing_is_sampled_before_the_move_begins(tmp_path: Path) -> None:
