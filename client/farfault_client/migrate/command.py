@@ -36,6 +36,7 @@ RECEIVER_END_TIMEOUT_S = 5.0
 @click.option("--qmp", type=FILE, help="QMP socket of the destination VMM.")
 @click.option("--state", type=FILE, help="Folder for the record of the move.")
 @click.option("--bandwidth", type=SIZE, default=None, metavar="BYTES/S", help="Cap of the background; 0: none.")
+@click.option("--hints", type=FILE, help="Working set of an earlier move (`farfault record`), fetched first.")
 @click.option("--check", is_flag=True, help="Preflight only: say what would be refused; stop nothing.")
 @click.option("--abort", is_flag=True, help="Bring the source back, if it is not too late.")
 @click.option("--resume", is_flag=True, help="Take up a move whose receiver died: finish it or roll it back.")
@@ -52,6 +53,7 @@ def migrate(
     qmp: Path | None,
     state: Path | None,
     bandwidth: int | None,
+    hints: Path | None,
     check: bool,
     abort: bool,
     resume: bool,
@@ -92,6 +94,7 @@ def migrate(
         arguments += ["--insecure"] if insecure else []
         arguments += ["--admission-token-file", str(admission_token_file)] if admission_token_file else []
         arguments += ["--no-express"] if no_express else []
+        arguments += ["--hints", str(hints)] if hints else []
         arguments += ["--bandwidth", str(bandwidth)] if bandwidth else []
         arguments += ["--log-level", log_level] + (["--json-logs"] if json_logs else [])
         with started_receiver(arguments, ends_with_us=check) as own_control:

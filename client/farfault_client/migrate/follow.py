@@ -14,6 +14,8 @@ from farfault.v1 import receiver_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError, error_of_exit_code
 
 CALL_TIMEOUT_S = 30.0
+CONTROL_OPTIONS = (("grpc.max_receive_message_length", 16 << 20),)
+"""A working set of 2^20 pages has 8 MiB."""
 
 PHASES = {
     rpb.PHASE_WAITING: "waiting",
@@ -30,7 +32,7 @@ class ReceiverClient:
 
     def __init__(self, control: Path) -> None:
         self._control = control
-        self._channel = grpc.aio.insecure_channel(f"unix:{control}")
+        self._channel = grpc.aio.insecure_channel(f"unix:{control}", options=CONTROL_OPTIONS)
         self._stub = receiver_pb2_grpc.ReceiverServiceStub(self._channel)
 
     async def __aenter__(self) -> ReceiverClient:
@@ -47,6 +49,11 @@ class ReceiverClient:
     async def abort(self) -> None:
         """Brings the source back, if it is not too late."""
         await self._call(self._stub.Abort, rpb.AbortRequest())
+
+    async def working_set(self) -> bytes:
+        """Pages that the guest has missed, packed as `farfault_client.receive.working_set` says."""
+        response = await self._call(self._stub.WorkingSet, rpb.WorkingSetRequest())
+        return bytes(response.pages)
 
     async def tune(self, background_bytes_per_s: int) -> None:
         """Caps the background lane from now on."""

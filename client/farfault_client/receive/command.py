@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 @click.option("--state", type=FILE, help="Folder for the record of the move. Default: by the attach socket's name.")
 @click.option("--now", is_flag=True, help="Move the VM as soon as it is attached, without `farfault migrate`.")
 @click.option("--bandwidth", type=SIZE, default=0, metavar="BYTES/S", help="Cap of the background; demand has none.")
+@click.option("--hints", type=FILE, help="Working set of an earlier move (`farfault record`), fetched first.")
 @click.option("--allow-uid", type=int, multiple=True, help="User whose VMM may attach, besides root and our own.")
 @click.option("--name", default="farfault", show_default=True, help="Name in the page server's log.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
@@ -51,6 +52,7 @@ def receive(
     state: Path | None,
     now: bool,
     bandwidth: int,
+    hints: Path | None,
     allow_uid: tuple[int, ...],
     name: str,
     as_json: bool,
@@ -94,6 +96,7 @@ def receive(
         qmp=qmp,
         state=state or default_state(attach),
         engine=EngineConfig(background_bytes_per_s=bandwidth),
+        hints=hints,
         allowed_uids=allow_uid,
     )
     status = _run(config, control, ObserveOptions(metrics, slow_fault, record), now=now)

@@ -53,6 +53,12 @@ class ControlService(receiver_pb2_grpc.ReceiverServiceServicer):
         async for status in self._follow(request.interval_ms, min(request.map_cells, MAP_CELLS_MAX)):
             yield status
 
+    async def WorkingSet(  # noqa: N802
+        self, request: rpb.WorkingSetRequest, context: Context
+    ) -> rpb.WorkingSetResponse:
+        pager = self._receiver.pager
+        return rpb.WorkingSetResponse(pages=pager.working_set.pack() if pager is not None else b"")
+
     async def Tune(  # noqa: N802
         self, request: rpb.TuneRequest, context: Context
     ) -> rpb.TuneResponse:

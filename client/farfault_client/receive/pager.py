@@ -44,6 +44,7 @@ from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
 from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
 from farfault_client.metrics.slow_faults import SlowFaults
 from farfault_client.receive.fault_times import FaultResult, FaultTimes, Sent, Trip
+from farfault_client.receive.working_set import WorkingSet
 from farfault_client.session.answers import Answer, request_of
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
@@ -135,6 +136,7 @@ class Pager:
         self.engine = FaultEngine(layout, config)
         self.stats = PagerStats()
         self.slow_faults = SlowFaults()
+        self.working_set = WorkingSet()
         self.finished = asyncio.Event()
         self.stream_background = False
         self.last_refusal = ""
@@ -318,6 +320,9 @@ class Pager:
         """A thread missed pages at `since` (seconds of CLOCK_MONOTONIC; None: now)."""
         now = time.monotonic()
         since = now if since is None else min(since, now)
+        for page in pages:
+            if self.engine.pages.state(page) is PageState.ABSENT:
+                self.working_set.missed(page)
         answer = self.engine.fault(key, pages, priority, since)
         if answer.ready:
             if isinstance(key, PageKey) and self._installer is not None:

@@ -30,6 +30,7 @@ from farfault_shim.attach.listener import AttachListener
 from farfault_shim.attach.vmm import AttachedVmm
 from farfault_shim.attach.wire import VcpuCounters
 from farfault_shim.install.resident import resident_runs
+from farfault_shim.layout import PageRun
 from farfault_vmm.qmp import QmpVmm
 
 from farfault_client.engine import EngineConfig
@@ -40,6 +41,7 @@ from farfault_client.receive.preflight import check, failed, memory_checks, vm_c
 from farfault_client.receive.removed_log import RemovedLog
 from farfault_client.receive.source import SourceVm
 from farfault_client.receive.status import Progress, status_of
+from farfault_client.receive.working_set import read_hints
 from farfault_client.session.backoff import backoff
 from farfault_client.session.session import Session, SessionConfig
 
@@ -65,6 +67,7 @@ class ReceiverConfig:
         qmp: the destination VMM's QMP socket; None: memory only, nothing is stopped or started.
         state: folder of the journal.
         engine: bounds, bandwidth cap.
+        hints: working set of an earlier move, fetched ahead of the rest.
         allowed_uids: users whose VMMs may attach, besides root and our own.
     """
 
@@ -73,6 +76,7 @@ class ReceiverConfig:
     qmp: Path | None
     state: Path
     engine: EngineConfig = field(default_factory=EngineConfig)
+    hints: Path | None = None
     allowed_uids: Collection[int] = ()
 
 
@@ -94,6 +98,7 @@ class Receiver:
         self.progress = Progress()
         self.changed = asyncio.Event()
         self.pager: Pager | None = None
+        self._hints: list[PageRun] = []
         self._vmm: AttachedVmm | None = None
         self._attached = asyncio.Event()
         self._listener: AttachListener | None = None
@@ -131,6 +136,8 @@ class Receiver:
             logger.info("taking up the move that was %s", step.value)
             await self._reopen(record)
         self.pager = Pager(self.session, self.config.engine, self._removed.append)
+        if self.config.hints is not None:
+            self._hints = read_hints(self.config.hints, self.pager.layout.page_count)
         self._listener = await AttachListener.start(
             self.config.attach, self._on_attached, self._on_detached, self.config.allowed_uids
         )
@@ -296,6 +303,8 @@ class Receiver:
         assert self.pager is not None
         self.progress.running()
         self._phase(rpb.PHASE_POSTCOPY)
+        for run in self._hints:
+            self.pager.engine.hint(run)
         self.pager.start_background()
         await self._all_installed()
         self.progress.streamed()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x61rfault/v1/receiver.proto\x12\x0b\x66\x61rfault.v1\"\x12\n\x10PreflightRequest\"E\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"7\n\x11PreflightResponse\x12\"\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x12.farfault.v1.Check\",\n\x0eMigrateRequest\x12\x1a\n\x12status_interval_ms\x18\x01 \x01(\r\"6\n\x0cWatchRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\x12\x11\n\tmap_cells\x18\x02 \x01(\r\"-\n\x0bTuneRequest\x12\x1e\n\x16\x62\x61\x63kground_bytes_per_s\x18\x01 \x01(\x04\"\x0e\n\x0cTuneResponse\"p\n\x0eLatencySummary\x12\x0e\n\x06p50_us\x18\x01 \x01(\x01\x12\x0e\n\x06p90_us\x18\x02 \x01(\x01\x12\x0e\n\x06p99_us\x18\x03 \x01(\x01\x12\x0e\n\x06max_us\x18\x04 \x01(\x01\x12\x0f\n\x07mean_us\x18\x05 \x01(\x01\x12\r\n\x05\x63ount\x18\x06 \x01(\x04\"a\n\nLaneStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61rrier\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63onnects\x18\x04 \x01(\x04\x12\x13\n\x0b\x62\x61\x64_answers\x18\x05 \x01(\x04\"e\n\nVcpuStatus\x12\x0c\n\x04vcpu\x18\x01 \x01(\r\x12\x11\n\tblocked_s\x18\x02 \x01(\x01\x12\x11\n\twaiting_s\x18\x03 \x01(\x01\x12\x14\n\x0cwaiting_page\x18\x04 \x01(\x04\x12\r\n\x05\x65xits\x18\x05 \x01(\x04\"\xd7\x06\n\x0fMigrationStatus\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.farfault.v1.Phase\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12\x13\n\x0bguest_pages\x18\x05 \x01(\x04\x12\x17\n\x0finstalled_pages\x18\x06 \x01(\x04\x12\x12\n\nzero_pages\x18\x07 \x01(\x04\x12\x15\n\rremoved_pages\x18\x08 \x01(\x04\x12\x15\n\rdemand_faults\x18\t \x01(\x04\x12J\n\x10\x66\x61ults_by_source\x18\n \x03(\x0b\x32\x30.farfault.v1.MigrationStatus.FaultsBySourceEntry\x12\x32\n\rfault_latency\x18\x0b \x01(\x0b\x32\x1b.farfault.v1.LatencySummary\x12\x15\n\rbytes_on_wire\x18\x0c \x01(\x04\x12\x13\n\x0b\x64owntime_ms\x18\r \x01(\x01\x12\x12\n\npostcopy_s\x18\x0e \x01(\x01\x12\x14\n\x0c\x66\x61ult_source\x18\x0f \x01(\t\x12\x17\n\x0fpage_size_bytes\x18\x10 \x01(\x04\x12\x11\n\tconnected\x18\x11 \x01(\x08\x12<\n\x08\x63ounters\x18\x12 \x03(\x0b\x32*.farfault.v1.MigrationStatus.CountersEntry\x12\"\n\x06\x63hecks\x18\x13 \x03(\x0b\x32\x12.farfault.v1.Check\x12&\n\x05lanes\x18\x14 \x03(\x0b\x32\x17.farfault.v1.LaneStatus\x12&\n\x05vcpus\x18\x15 \x03(\x0b\x32\x17.farfault.v1.VcpuStatus\x12\x0b\n\x03map\x18\x16 \x01(\x0c\x12\r\n\x05\x65ta_s\x18\x17 \x01(\x01\x12\x1e\n\x16\x62\x61\x63kground_bytes_per_s\x18\x18 \x01(\x04\x12\x11\n\texit_code\x18\x1a \x01(\r\x12\x16\n\x0elongest_wait_s\x18\x19 \x01(\x01\x1a\x35\n\x13\x46\x61ultsBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x0e\n\x0c\x41\x62ortRequest\"\x0f\n\rAbortResponse*\x92\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_WAITING\x10\x01\x12\x13\n\x0fPHASE_PREFLIGHT\x10\x02\x12\x14\n\x10PHASE_SWITCHOVER\x10\x03\x12\x12\n\x0ePHASE_POSTCOPY\x10\x04\x12\x0e\n\nPHASE_DONE\x10\x05\x12\x10\n\x0cPHASE_FAILED\x10\x06\x32\xe6\x02\n\x0fReceiverService\x12J\n\tPreflight\x12\x1d.farfault.v1.PreflightRequest\x1a\x1e.farfault.v1.PreflightResponse\x12\x46\n\x07Migrate\x12\x1b.farfault.v1.MigrateRequest\x1a\x1c.farfault.v1.MigrationStatus0\x01\x12\x42\n\x05Watch\x12\x19.farfault.v1.WatchRequest\x1a\x1c.farfault.v1.MigrationStatus0\x01\x12;\n\x04Tune\x12\x18.farfault.v1.TuneRequest\x1a\x19.farfault.v1.TuneResponse\x12>\n\x05\x41\x62ort\x12\x19.farfault.v1.AbortRequest\x1a\x1a.farfault.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x61rfault/v1/receiver.proto\x12\x0b\x66\x61rfault.v1\"\x12\n\x10PreflightRequest\"E\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"7\n\x11PreflightResponse\x12\"\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x12.farfault.v1.Check\",\n\x0eMigrateRequest\x12\x1a\n\x12status_interval_ms\x18\x01 \x01(\r\"6\n\x0cWatchRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\x12\x11\n\tmap_cells\x18\x02 \x01(\r\"\x13\n\x11WorkingSetRequest\"#\n\x12WorkingSetResponse\x12\r\n\x05pages\x18\x01 \x01(\x0c\"-\n\x0bTuneRequest\x12\x1e\n\x16\x62\x61\x63kground_bytes_per_s\x18\x01 \x01(\x04\"\x0e\n\x0cTuneResponse\"p\n\x0eLatencySummary\x12\x0e\n\x06p50_us\x18\x01 \x01(\x01\x12\x0e\n\x06p90_us\x18\x02 \x01(\x01\x12\x0e\n\x06p99_us\x18\x03 \x01(\x01\x12\x0e\n\x06max_us\x18\x04 \x01(\x01\x12\x0f\n\x07mean_us\x18\x05 \x01(\x01\x12\r\n\x05\x63ount\x18\x06 \x01(\x04\"a\n\nLaneStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61rrier\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63onnects\x18\x04 \x01(\x04\x12\x13\n\x0b\x62\x61\x64_answers\x18\x05 \x01(\x04\"e\n\nVcpuStatus\x12\x0c\n\x04vcpu\x18\x01 \x01(\r\x12\x11\n\tblocked_s\x18\x02 \x01(\x01\x12\x11\n\twaiting_s\x18\x03 \x01(\x01\x12\x14\n\x0cwaiting_page\x18\x04 \x01(\x04\x12\r\n\x05\x65xits\x18\x05 \x01(\x04\"\xd7\x06\n\x0fMigrationStatus\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.farfault.v1.Phase\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12\x13\n\x0bguest_pages\x18\x05 \x01(\x04\x12\x17\n\x0finstalled_pages\x18\x06 \x01(\x04\x12\x12\n\nzero_pages\x18\x07 \x01(\x04\x12\x15\n\rremoved_pages\x18\x08 \x01(\x04\x12\x15\n\rdemand_faults\x18\t \x01(\x04\x12J\n\x10\x66\x61ults_by_source\x18\n \x03(\x0b\x32\x30.farfault.v1.MigrationStatus.FaultsBySourceEntry\x12\x32\n\rfault_latency\x18\x0b \x01(\x0b\x32\x1b.farfault.v1.LatencySummary\x12\x15\n\rbytes_on_wire\x18\x0c \x01(\x04\x12\x13\n\x0b\x64owntime_ms\x18\r \x01(\x01\x12\x12\n\npostcopy_s\x18\x0e \x01(\x01\x12\x14\n\x0c\x66\x61ult_source\x18\x0f \x01(\t\x12\x17\n\x0fpage_size_bytes\x18\x10 \x01(\x04\x12\x11\n\tconnected\x18\x11 \x01(\x08\x12<\n\x08\x63ounters\x18\x12 \x03(\x0b\x32*.farfault.v1.MigrationStatus.CountersEntry\x12\"\n\x06\x63hecks\x18\x13 \x03(\x0b\x32\x12.farfault.v1.Check\x12&\n\x05lanes\x18\x14 \x03(\x0b\x32\x17.farfault.v1.LaneStatus\x12&\n\x05vcpus\x18\x15 \x03(\x0b\x32\x17.farfault.v1.VcpuStatus\x12\x0b\n\x03map\x18\x16 \x01(\x0c\x12\r\n\x05\x65ta_s\x18\x17 \x01(\x01\x12\x1e\n\x16\x62\x61\x63kground_bytes_per_s\x18\x18 \x01(\x04\x12\x11\n\texit_code\x18\x1a \x01(\r\x12\x16\n\x0elongest_wait_s\x18\x19 \x01(\x01\x1a\x35\n\x13\x46\x61ultsBySourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x0e\n\x0c\x41\x62ortRequest\"\x0f\n\rAbortResponse*\x92\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_WAITING\x10\x01\x12\x13\n\x0fPHASE_PREFLIGHT\x10\x02\x12\x14\n\x10PHASE_SWITCHOVER\x10\x03\x12\x12\n\x0ePHASE_POSTCOPY\x10\x04\x12\x0e\n\nPHASE_DONE\x10\x05\x12\x10\n\x0cPHASE_FAILED\x10\x06\x32\xb5\x03\n\x0fReceiverService\x12J\n\tPreflight\x12\x1d.farfault.v1.PreflightRequest\x1a\x1e.farfault.v1.PreflightResponse\x12\x46\n\x07Migrate\x12\x1b.farfault.v1.MigrateRequest\x1a\x1c.farfault.v1.MigrationStatus0\x01\x12\x42\n\x05Watch\x12\x19.farfault.v1.WatchRequest\x1a\x1c.farfault.v1.MigrationStatus0\x01\x12M\n\nWorkingSet\x12\x1e.farfault.v1.WorkingSetRequest\x1a\x1f.farfault.v1.WorkingSetResponse\x12;\n\x04Tune\x12\x18.farfault.v1.TuneRequest\x1a\x19.farfault.v1.TuneResponse\x12>\n\x05\x41\x62ort\x12\x19.farfault.v1.AbortRequest\x1a\x1a.farfault.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MIGRATIONSTATUS_FAULTSBYSOURCEENTRY']._serialized_options = b'8\001'
   _globals['_MIGRATIONSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_MIGRATIONSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=1564
-  _globals['_PHASE']._serialized_end=1710
+  _globals['_PHASE']._serialized_start=1622
+  _globals['_PHASE']._serialized_end=1768
   _globals['_PREFLIGHTREQUEST']._serialized_start=43
   _globals['_PREFLIGHTREQUEST']._serialized_end=61
   _globals['_CHECK']._serialized_start=63
@@ -47,26 +47,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MIGRATEREQUEST']._serialized_end=235
   _globals['_WATCHREQUEST']._serialized_start=237
   _globals['_WATCHREQUEST']._serialized_end=291
-  _globals['_TUNEREQUEST']._serialized_start=293
-  _globals['_TUNEREQUEST']._serialized_end=338
-  _globals['_TUNERESPONSE']._serialized_start=340
-  _globals['_TUNERESPONSE']._serialized_end=354
-  _globals['_LATENCYSUMMARY']._serialized_start=356
-  _globals['_LATENCYSUMMARY']._serialized_end=468
-  _globals['_LANESTATUS']._serialized_start=470
-  _globals['_LANESTATUS']._serialized_end=567
-  _globals['_VCPUSTATUS']._serialized_start=569
-  _globals['_VCPUSTATUS']._serialized_end=670
-  _globals['_MIGRATIONSTATUS']._serialized_start=673
-  _globals['_MIGRATIONSTATUS']._serialized_end=1528
-  _globals['_MIGRATIONSTATUS_FAULTSBYSOURCEENTRY']._serialized_start=1426
-  _globals['_MIGRATIONSTATUS_FAULTSBYSOURCEENTRY']._serialized_end=1479
-  _globals['_MIGRATIONSTATUS_COUNTERSENTRY']._serialized_start=1481
-  _globals['_MIGRATIONSTATUS_COUNTERSENTRY']._serialized_end=1528
-  _globals['_ABORTREQUEST']._serialized_start=1530
-  _globals['_ABORTREQUEST']._serialized_end=1544
-  _globals['_ABORTRESPONSE']._serialized_start=1546
-  _globals['_ABORTRESPONSE']._serialized_end=1561
-  _globals['_RECEIVERSERVICE']._serialized_start=1713
-  _globals['_RECEIVERSERVICE']._serialized_end=2071
+  _globals['_WORKINGSETREQUEST']._serialized_start=293
+  _globals['_WORKINGSETREQUEST']._serialized_end=312
+  _globals['_WORKINGSETRESPONSE']._serialized_start=314
+  _globals['_WORKINGSETRESPONSE']._serialized_end=349
+  _globals['_TUNEREQUEST']._serialized_start=351
+  _globals['_TUNEREQUEST']._serialized_end=396
+  _globals['_TUNERESPONSE']._serialized_start=398
+  _globals['_TUNERESPONSE']._serialized_end=412
+  _globals['_LATENCYSUMMARY']._serialized_start=414
+  _globals['_LATENCYSUMMARY']._serialized_end=526
+  _globals['_LANESTATUS']._serialized_start=528
+  _globals['_LANESTATUS']._serialized_end=625
+  _globals['_VCPUSTATUS']._serialized_start=627
+  _globals['_VCPUSTATUS']._serialized_end=728
+  _globals['_MIGRATIONSTATUS']._serialized_start=731
+  _globals['_MIGRATIONSTATUS']._serialized_end=1586
+  _globals['_MIGRATIONSTATUS_FAULTSBYSOURCEENTRY']._serialized_start=1484
+  _globals['_MIGRATIONSTATUS_FAULTSBYSOURCEENTRY']._serialized_end=1537
+  _globals['_MIGRATIONSTATUS_COUNTERSENTRY']._serialized_start=1539
+  _globals['_MIGRATIONSTATUS_COUNTERSENTRY']._serialized_end=1586
+  _globals['_ABORTREQUEST']._serialized_start=1588
+  _globals['_ABORTREQUEST']._serialized_end=1602
+  _globals['_ABORTRESPONSE']._serialized_start=1604
+  _globals['_ABORTRESPONSE']._serialized_end=1619
+  _globals['_RECEIVERSERVICE']._serialized_start=1771
+  _globals['_RECEIVERSERVICE']._serialized_end=2208
 # @@protoc_insertion_point(module_scope)

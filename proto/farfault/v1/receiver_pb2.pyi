@@ -60,6 +60,16 @@ class WatchRequest(_message.Message):
     map_cells: int
     def __init__(self, interval_ms: _Optional[int] = ..., map_cells: _Optional[int] = ...) -> None: ...
 
+class WorkingSetRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkingSetResponse(_message.Message):
+    __slots__ = ("pages",)
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    pages: bytes
+    def __init__(self, pages: _Optional[bytes] = ...) -> None: ...
+
 class TuneRequest(_message.Message):
     __slots__ = ("background_bytes_per_s",)
     BACKGROUND_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]

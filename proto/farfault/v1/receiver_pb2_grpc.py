@@ -49,6 +49,11 @@ class ReceiverServiceStub:
                 request_serializer=farfault_dot_v1_dot_receiver__pb2.WatchRequest.SerializeToString,
                 response_deserializer=farfault_dot_v1_dot_receiver__pb2.MigrationStatus.FromString,
                 _registered_method=True)
+        self.WorkingSet = channel.unary_unary(
+                '/farfault.v1.ReceiverService/WorkingSet',
+                request_serializer=farfault_dot_v1_dot_receiver__pb2.WorkingSetRequest.SerializeToString,
+                response_deserializer=farfault_dot_v1_dot_receiver__pb2.WorkingSetResponse.FromString,
+                _registered_method=True)
         self.Tune = channel.unary_unary(
                 '/farfault.v1.ReceiverService/Tune',
                 request_serializer=farfault_dot_v1_dot_receiver__pb2.TuneRequest.SerializeToString,
@@ -86,6 +91,13 @@ class ReceiverServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WorkingSet(self, request, context):
+        """Which pages the guest has missed so far, each once, in order: at most 2^20 of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tune(self, request, context):
         """Changes a running migration: the background lane's bandwidth cap. Demand is never capped.
         """
@@ -117,6 +129,11 @@ def add_ReceiverServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=farfault_dot_v1_dot_receiver__pb2.WatchRequest.FromString,
                     response_serializer=farfault_dot_v1_dot_receiver__pb2.MigrationStatus.SerializeToString,
+            ),
+            'WorkingSet': grpc.unary_unary_rpc_method_handler(
+                    servicer.WorkingSet,
+                    request_deserializer=farfault_dot_v1_dot_receiver__pb2.WorkingSetRequest.FromString,
+                    response_serializer=farfault_dot_v1_dot_receiver__pb2.WorkingSetResponse.SerializeToString,
             ),
             'Tune': grpc.unary_unary_rpc_method_handler(
                     servicer.Tune,
@@ -210,6 +227,33 @@ class ReceiverService:
             '/farfault.v1.ReceiverService/Watch',
             farfault_dot_v1_dot_receiver__pb2.WatchRequest.SerializeToString,
             farfault_dot_v1_dot_receiver__pb2.MigrationStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WorkingSet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farfault.v1.ReceiverService/WorkingSet',
+            farfault_dot_v1_dot_receiver__pb2.WorkingSetRequest.SerializeToString,
+            farfault_dot_v1_dot_receiver__pb2.WorkingSetResponse.FromString,
             options,
             channel_credentials,
             insecure,
