@@ -17,6 +17,7 @@ EVENTS_SHOWN_MAX: Final = 500
 MORE_STYLE: Final = """
 .cell.a, .shade.a { fill: var(--a); background: var(--a); } .cell.b, .shade.b { fill: var(--b); background: var(--b); }
 .cell.good, .shade.good { fill: var(--good); background: var(--good); }
+.slow { color: var(--b); }
 .frame { fill: none; stroke: var(--rule); }
 .legend i.shade { width: 16px; height: 11px; border: 0; margin: 0; }
 .head { color: var(--soft); margin: 2px 0 0; overflow-wrap: anywhere; }
@@ -50,7 +51,9 @@ def page_of(record: MoveRecord) -> str:
 def _by(record: MoveRecord) -> str:
     source = record.summary.get("fault_source", "")
     return (f", fault source {escape(source)}" if source else "") + (
-        f", by {record.receivers} receivers one after the other" if record.receivers > 1 else ""
+        f", by {record.receivers} receivers one after the other; the figures are those of the last one"
+        if record.receivers > 1
+        else ""
     )
 
 
@@ -66,7 +69,7 @@ def _verdict(record: MoveRecord) -> str:
         slow = int(summary["slow_faults"])
         many = "1 fault took" if slow == 1 else f"{slow:,} faults took"
         tail = f"; {many} longer than {record.header['slow_fault_s']:g} s" if slow else ""
-        words, style = f"Moved: every page is on the destination{tail}.", "bad" if slow else "good"
+        words, style = f"Moved: every page is on the destination{tail}.", "slow" if slow else "good"
     return f'<p class="verdict {style}">{escape(words)}</p>'
 
 
@@ -75,7 +78,7 @@ def _tiles(summary: dict[str, Any]) -> str:
         return ""
     latency = summary["fault_latency_us"]
     tiles = {
-        "downtime": f"{summary['downtime_ms']:.1f} ms",
+        "downtime": f"{summary['downtime_ms']:.1f} ms" if summary["downtime_ms"] else "–",
         "post-copy": f"{summary['postcopy_s']:.2f} s",
         "on the wire": size(summary["bytes_on_wire"]),
         "demand faults": f"{summary['demand_faults']:,}",

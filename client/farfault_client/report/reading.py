@@ -119,6 +119,7 @@ class _Parser:
         self._name = name
         self._offset = 0.0
         self._before: dict[str, Any] = {}
+        self._blocked_s: dict[str, float] = {}  # the VMM counts on, whoever receives
 
     def feed(self, fields: dict[str, Any]) -> None:
         kind = fields["type"]
@@ -150,9 +151,10 @@ class _Parser:
         self._before = {}
 
     def _sample(self, fields: dict[str, Any], at: float) -> Sample:
-        """Differences to the sample before; a receiver's first one counts from 0, except what the VMM keeps."""
+        """Differences to the sample before; a receiver's first one counts from 0, except what the VMM counts."""
         before, self._before = self._before, {**fields, "at": at}
-        blocked, blocked_before = fields["blocked_s"], before.get("blocked_s", fields["blocked_s"])
+        blocked_s = {vcpu: float(total) for vcpu, total in fields["blocked_s"].items()}
+        blocked_before, self._blocked_s = self._blocked_s, {**self._blocked_s, **blocked_s}
         bytes_before = before.get("bytes", {})
         return Sample(
             since=before.get("at", at),
@@ -161,7 +163,7 @@ class _Parser:
             faults=int(fields["faults"]) - int(before.get("faults", 0)),
             waiting=int(fields["waiting"]),
             bytes={lane: count - bytes_before.get(lane, 0) for lane, count in fields["bytes"].items()},
-            blocked_s={vcpu: max(0.0, total - blocked_before.get(vcpu, 0.0)) for vcpu, total in blocked.items()},
+            blocked_s={vcpu: max(0.0, total - blocked_before.get(vcpu, 0.0)) for vcpu, total in blocked_s.items()},
             latency={int(bucket): int(count) for bucket, count in fields["latency"].items()},
             map=str(fields.get("map", "")),
         )

@@ -20,8 +20,8 @@ from farfault_client.report.recorder import Line, Recorder
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES: Final = 1 << 16
-"""Lines reach the file in pieces of this size, and at the end."""
+FLUSH_AFTER_S: Final = 1.0
+"""A receiver that is killed loses at most the samples of this time."""
 
 
 async def start_recording(receiver: Receiver, path: Path) -> Callable[[], Awaitable[None]]:
@@ -36,7 +36,7 @@ async def start_recording(receiver: Receiver, path: Path) -> Callable[[], Awaita
     record = receiver.journal.record
     is_new = record is None or record.step is Step.OPENED
     try:
-        file = path.open("w" if is_new else "a", buffering=BUFFER_BYTES, encoding="utf-8")
+        file = path.open("w" if is_new else "a", encoding="utf-8")
     except OSError as error:
         raise UsageError(
             f"cannot write the record {path}: {error.strerror}", "name another file with --record"
@@ -59,7 +59,8 @@ class _Recording(logging.Handler):
         super().__init__(logging.WARNING)
         self._receiver = receiver
         self._file: TextIO | None = file
-        self._recorder = Recorder(receiver, time.monotonic())
+        self._flushed_at = time.monotonic()
+        self._recorder = Recorder(receiver, self._flushed_at)
         self._write([self._recorder.header()])
         logging.getLogger("farfault_client").addHandler(self)
 
@@ -83,7 +84,7 @@ class _Recording(logging.Handler):
 
     def end(self) -> None:
         logging.getLogger("farfault_client").removeHandler(self)
-        now = time.monotonic()
+        now, self._flushed_at = time.monotonic(), float("-inf")
         self._write([*self._recorder.changes(now), self._recorder.sample(now), self._recorder.footer(now)])
         if self._file is not None:
             self._file.close()
@@ -95,6 +96,9 @@ class _Recording(logging.Handler):
         try:
             for line in lines:
                 self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            if time.monotonic() - self._flushed_at > FLUSH_AFTER_S:
+                self._file.flush()
+                self._flushed_at = time.monotonic()
         except OSError as error:
             file, self._file = self._file, None
             logger.warning("the record ends here: %s", error.strerror)

@@ -37,6 +37,8 @@ class Timeline:
         self.maps = [""] * self.bins
         for sample in record.samples:
             self._add(sample)
+        for seconds in self.blocked_s.values():
+            self._push_back(seconds)
         for index in range(1, self.bins):
             self.settled[index] = max(self.settled[index], self.settled[index - 1])
             self.maps[index] = self.maps[index] or self.maps[index - 1]
@@ -58,6 +60,13 @@ class Timeline:
                 self.bytes[lane][index] += count * share
             for vcpu, seconds in sample.blocked_s.items():
                 self.blocked_s[vcpu][index] += seconds * share
+
+    def _push_back(self, seconds: list[float]) -> None:
+        """A wait is counted when it ends: what does not fit into a bin was waited in the bins before it."""
+        for index in range(self.bins - 1, 0, -1):
+            excess = max(0.0, seconds[index] - self.bin_s)
+            seconds[index] -= excess
+            seconds[index - 1] += excess
 
     def _bin(self, at: float) -> int:
         return min(self.bins - 1, int(at / self.bin_s))

@@ -41,6 +41,24 @@ def test_a_second_receiver_counts_from_zero_again_and_comes_later() -> None:
     assert [event.text for event in record.events] == ["another receiver took the move up"]
 
 
+def test_a_wait_that_outlives_a_receiver_is_counted_where_it_was_waited() -> None:
+    """The VMM counts a wait at its end, and goes on counting whoever receives."""
+    first = [json.dumps(header()), *(json.dumps(sample(index)) for index in range(21))]
+    last = sample(20)["blocked_s"]
+    second = [
+        json.dumps(header(1.75e9 + 5)),
+        json.dumps({**sample(0), "blocked_s": {}}),
+        json.dumps({**sample(1), "blocked_s": {"0": last["0"] + 3.5, "1": last["1"]}}),
+    ]
+
+    timeline = Timeline(parse_record("move", first + second))
+
+    shares = [seconds / timeline.bin_s for seconds in timeline.blocked_s["0"]]
+    assert sum(timeline.blocked_s["0"]) == pytest.approx(last["0"] + 3.5)
+    assert max(shares) <= 1.0 + 1e-9
+    assert shares[timeline.bins // 2] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "not json\n", "[]\n", '{"type": "sample"}\n', '{"type": "header", "version": 99}\n', "{}\n{}\n", "x\n{}\n"],
