@@ -132,15 +132,20 @@ def _lanes(status: rpb.MigrationStatus, before: rpb.MigrationStatus, elapsed_s: 
 
 
 def _vcpus(status: rpb.MigrationStatus, before: rpb.MigrationStatus, elapsed_s: float) -> tuple[VcpuFigures, ...]:
-    blocked_before = {vcpu.vcpu: vcpu.blocked_s for vcpu in before.vcpus}
+    blocked_before = {vcpu.vcpu: _blocked_s(vcpu) for vcpu in before.vcpus}
     return tuple(
         VcpuFigures(
             vcpu=vcpu.vcpu,
             exits=vcpu.exits,
-            blocked_s=vcpu.blocked_s,
-            blocked_share=min(1.0, _rate(vcpu.blocked_s, blocked_before.get(vcpu.vcpu, vcpu.blocked_s), elapsed_s)),
+            blocked_s=_blocked_s(vcpu),
+            blocked_share=min(1.0, _rate(_blocked_s(vcpu), blocked_before.get(vcpu.vcpu, _blocked_s(vcpu)), elapsed_s)),
             waiting_s=vcpu.waiting_s,
             waiting_page=vcpu.waiting_page,
         )
         for vcpu in status.vcpus
     )
+
+
+def _blocked_s(vcpu: rpb.VcpuStatus) -> float:
+    """The VMM counts a wait when it ends; the one of this moment belongs to it."""
+    return vcpu.blocked_s + vcpu.waiting_s

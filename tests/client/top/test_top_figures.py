@@ -58,3 +58,12 @@ def test_resampling_keeps_what_moves() -> None:
     assert resample(cells, 200) == cells
     assert resample(bytes([INSTALLED, ABSENT]), 4) == bytes([INSTALLED, INSTALLED, ABSENT, ABSENT])
     assert resample(b"", 3) == bytes(3)
+
+
+def test_a_wait_counts_while_it_lasts() -> None:
+    before = make_status(blocked_s=1.0, waiting_s=0.5)
+
+    figures = figures_of(make_status(blocked_s=1.0, waiting_s=1.5), before, 1.0)
+
+    assert figures.vcpus[0].blocked_s == 2.5
+    assert figures.vcpus[0].blocked_share == 1.0
