@@ -99,7 +99,7 @@ def _vcpus(pager: Pager, vcpus: dict[int, VcpuCounters]) -> Iterator[Metric]:
     }
     yield counters(
         "farfault_vcpu_blocked_seconds_total",
-        "Time that a vCPU has waited for pages outside of KVM_RUN.",
+        "Time that a vCPU has waited for pages outside of KVM_RUN; a wait is counted when it ends.",
         "vcpu",
         {str(vcpu): line.blocked_ns * 1e-9 for vcpu, line in lines},
     )
