@@ -24,6 +24,7 @@ from farfault_server.lanes.stats import LaneStats
 from farfault_server.lanes.streams import Streams
 from farfault_server.leases.book import LeaseBook
 from farfault_server.leases.keeper import LeaseKeeper
+from farfault_server.leases.phases import Phase
 from farfault_server.leases.store import MemoryStore, Store
 from farfault_server.listening import CHANNEL_OPTIONS, listen
 from farfault_server.memory import PageRegion, ServedMemory
@@ -170,6 +171,9 @@ class PageServer:
                 "the state directory belongs to a server " + ("without" if is_controlled else "with") + " --qmp",
                 "start it as before, or name another --state",
             )
+        if book.phase is Phase.COMPLETED and _files_of(book.memory_identity) != _files_of(identity):
+            logger.info("the VM of the record has moved away, this is another one: its record begins anew")
+            return LeaseBook.fresh(is_controlled=is_controlled, memory_identity=None if is_controlled else identity)
         resumed = book.with_memory(identity)
         if resumed is not book:
             logger.warning("the memory is not that of the record: it gets a new generation")
@@ -252,3 +256,8 @@ def read_token_file(path: Path) -> str:
     if not token:
         raise UsageError(f"the admission token file {path} is empty", "write a long random line into it")
     return token
+
+
+def _files_of(identity: list[list[int]] | None) -> list[list[int]]:
+    """Device and inode of each region: other files, another VM."""
+    return [region[:2] for region in identity or []]

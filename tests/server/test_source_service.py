@@ -353,6 +353,24 @@ async def test_a_restart_leaves_a_stopped_vm_alone(ram, vmm, store, phase):
     assert vmm.starts == 0
 
 
+async def test_another_vm_after_one_that_moved_away_begins_a_record_of_its_own(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client)
+        await hand_over(client, last.generation)
+        complete = pb.CompleteRequest(generation=last.generation)
+        await client.pages.Complete(complete, metadata=client.metadata, timeout=TIMEOUT_S)
+    contents = ram.read_bytes()
+    other = ram.with_name("other")  # made while the first one is there: its inode is another one
+    other.write_bytes(contents)
+    other.rename(ram)
+    vmm.is_running = True
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        assert opened.vm_state == pb.VM_STATE_RUNNING
+        assert opened.generation != last.generation
+
+
 @pytest.mark.parametrize("phase", [Phase.SUSPENDING, Phase.RESUMING])
 async def test_a_restart_in_the_middle_lets_the_vm_run(ram, vmm, store, phase):
     async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
