@@ -18,6 +18,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 #define PAGE_BYTES 4096u
+#define RELEASED_RETRIES_MAX 64 /* restarts in a row at one address once nobody decides any more */
 #define SIGNAL_SET_BYTES 8 /* of the kernel's sigset_t */
 
 struct vcpu {
@@ -30,6 +31,8 @@ struct vcpu {
     atomic_int next_channel; /* from the control thread; -1: none */
     uint32_t seq;
     uint64_t last_gpa;
+    uint64_t released_gpa;     /* of the exits after the release, and how many came in a row at it */
+    unsigned released_retries;
     atomic_bool needs_start; /* pages that KVM itself touches must be installed before the next KVM_RUN */
     bool mmio_pending;       /* an MMIO exit waits for its verdict over a kick: KVM must not run before */
     bool has_signal_mask;
@@ -163,10 +166,18 @@ static bool read_verdict(struct vcpu *vcpu, uint32_t seq, struct ff_verdict *ver
 }
 
 /* All memory is here: what KVM_RUN missed is at most not mapped. */
-static struct ff_verdict verdict_after_release(const struct ff_report *report)
+static struct ff_verdict verdict_after_release(struct vcpu *vcpu, const struct ff_report *report)
 {
     if (report->ret == 0)
         return (struct ff_verdict){.verdict = FF_VERDICT_COMPLETE};
+    vcpu->released_retries = report->gpa == vcpu->released_gpa ? vcpu->released_retries + 1 : 1;
+    vcpu->released_gpa = report->gpa;
+    if (vcpu->released_retries > RELEASED_RETRIES_MAX) {
+        vcpu->released_retries = 0;
+        ff_log("vCPU %u: KVM_RUN keeps failing with EFAULT after the release: gpa %#lx, rip %#lx; the VMM gets the error",
+               vcpu->id, (unsigned long)report->gpa, (unsigned long)report->rip);
+        return (struct ff_verdict){.verdict = FF_VERDICT_PASS};
+    }
     if (report->address_source == FF_ADDRESS_NONE)
         return (struct ff_verdict){.verdict = FF_VERDICT_RETRY};
     return (struct ff_verdict){.verdict = FF_VERDICT_RETRY, .flags = FF_VERDICT_POPULATE,
@@ -194,7 +205,7 @@ static int wait_verdict(struct vcpu *vcpu, struct ff_report *report, struct ff_v
         if (vcpu->channel >= 0 && read_verdict(vcpu, report->seq, verdict))
             break;
         if (atomic_load(&ff_released)) {
-            *verdict = verdict_after_release(report);
+            *verdict = verdict_after_release(vcpu, report);
             break;
         }
         if (vcpu->run->immediate_exit) {

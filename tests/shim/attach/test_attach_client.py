@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from farfault_cli.errors import UnreachableError
 from farfault_shim.attach import client as client_module
-from farfault_shim.attach.client import AttachClient, RamBlock
+from farfault_shim.attach.client import RELEASED_RETRIES_MAX, AttachClient, RamBlock
 from farfault_shim.attach.listener import AttachListener
 from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
 from farfault_shim.attach.wire import (
@@ -306,3 +306,15 @@ def test_memory_that_cannot_be_watched_leaves_nothing_open(ram: int, tmp_path: P
 
 def _open_descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_after_the_release_an_exit_that_comes_again_and_again_is_the_vmm_s(simulated: AttachClient) -> None:
+    simulated.released.set()
+    link = simulated.vcpu(0)
+    verdicts = [link.ask(exit_report(PAGE), lambda: False) for _ in range(RELEASED_RETRIES_MAX + 1)]
+    assert [verdict.verdict for verdict in verdicts if verdict] == [VerdictKind.RETRY] * RELEASED_RETRIES_MAX + [
+        VerdictKind.PASS
+    ]
+    elsewhere = link.ask(exit_report(2 * PAGE), lambda: False)
+    assert elsewhere is not None
+    assert elsewhere.verdict is VerdictKind.RETRY

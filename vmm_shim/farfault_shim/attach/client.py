@@ -64,6 +64,8 @@ RETRY_S: Final = 0.1
 """Between two attempts to reach the receiver."""
 REFUSED_RETRY_S: Final = 1.0
 """After the receiver refused the hand-over."""
+RELEASED_RETRIES_MAX: Final = 64
+"""Restarts in a row at one address after the release; then the VMM gets the error."""
 WAIT_POLL_S: Final = 0.02
 """A waiting vCPU looks at its kick at least this often."""
 
@@ -274,6 +276,8 @@ class VcpuLink:
         self._fresh: socket.socket | None = None
         self._fresh_lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._released_gpa = -1
+        self._released_retries = 0
         self._counters = VcpuCounters(0, 0, 0, 0, 0, 0, 0, self.thread_id, 0)
         self._count()
 
@@ -285,7 +289,8 @@ class VcpuLink:
             kicked: asked at least every 20 ms, and at once after `AttachClient.wake`.
 
         Returns:
-            The verdict; after the release RETRY, or COMPLETE for an MMIO exit. None: a kick came.
+            The verdict; after the release RETRY, or COMPLETE for an MMIO exit, or PASS for an exit that comes
+            again and again. None: a kick came.
         """
         self._sequence = (self._sequence + 1) & 0xFFFF_FFFF
         report = report._replace(seq=self._sequence)
@@ -346,8 +351,7 @@ class VcpuLink:
             if verdict is not None:
                 return verdict
             if self._client.released.is_set():
-                is_mmio = report.ret == 0 and report.exit_reason == EXIT_MMIO
-                return Verdict(report.seq, VerdictKind.COMPLETE if is_mmio else VerdictKind.RETRY)
+                return Verdict(report.seq, self._after_release(report))
             if kicked():
                 return None
             poll = select.poll()
@@ -355,6 +359,17 @@ class VcpuLink:
             if self._channel is not None:
                 poll.register(self._channel, select.POLLIN)
             poll.poll(WAIT_POLL_S * 1000)
+
+    def _after_release(self, report: Report) -> VerdictKind:
+        """All memory is there and nobody decides any more: what was under way is restarted, within a bound."""
+        if report.ret == 0 and report.exit_reason == EXIT_MMIO:
+            return VerdictKind.COMPLETE
+        self._released_retries = self._released_retries + 1 if report.gpa == self._released_gpa else 1
+        self._released_gpa = report.gpa
+        if self._released_retries > RELEASED_RETRIES_MAX:
+            self._released_retries = 0
+            return VerdictKind.PASS
+        return VerdictKind.RETRY
 
     def _send(self, report: Report) -> None:
         if self._channel is not None:
