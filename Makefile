@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard proto/farfault/v1/*.proto)
 
-.PHONY: machine demo test unit check observe bench bench-docs proto native setup clean help
+.PHONY: machine demo test unit check observe bench bench-docs chaos soak proto native setup clean help
 
 help:
 	@echo "make demo   a real VM moves by post-copy on this machine"

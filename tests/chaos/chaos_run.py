@@ -122,8 +122,8 @@ class Supervisor:
             return
         for name in fault.what.split("+"):
             if fault.target is Target.PAUSE:
-                self._signal(name, signal.SIGSTOP)
-                self._due.append((time.monotonic() + fault.for_s, "continue", name))
+                paused = self._signal(name, signal.SIGSTOP)
+                self._due += [(time.monotonic() + fault.for_s, "continue", str(pid)) for pid in paused]
             else:
                 self._kill(name, fault.for_s)
 
@@ -139,22 +139,23 @@ class Supervisor:
                 self._vmms_killed.add(name)
                 self._phase_at_kill = move.server_phase()
 
-    def _signal(self, name: str, number: signal.Signals) -> None:
-        """To a part, or to the helper process of one."""
-        owner = {"bulk": "receive", "background": "serve"}.get(name)
-        if owner is None:
-            self._move.signal(name, number)
-        elif self._move.is_alive(owner):
-            for child in _children(self._move.processes.pid(owner)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, number)
+    def _signal(self, name: str, number: signal.Signals) -> list[int]:
+        """To a part, or to the helper process of one. Returns the processes that were there."""
+        owner = {"bulk": "receive", "background": "serve"}.get(name, name)
+        if not self._move.is_alive(owner):
+            return []
+        pid = self._move.processes.pid(owner)
+        pids = [pid] if owner == name else _children(pid)
+        for number_of_process in pids:
+            _send(number_of_process, number)
+        return pids
 
     def _obey_due(self) -> None:
         now = time.monotonic()
         for entry in [entry for entry in self._due if entry[0] <= now]:
             self._due.remove(entry)
             if entry[1] == "continue":
-                self._signal(entry[2], signal.SIGCONT)
+                _send(int(entry[2]), signal.SIGCONT)
             else:
                 self._start(entry[2])
 
@@ -218,7 +219,7 @@ class Supervisor:
         """Everything that was killed or paused is back before the judgement."""
         for _, act, name in sorted(self._due):
             if act == "continue":
-                self._signal(name, signal.SIGCONT)
+                _send(int(name), signal.SIGCONT)
             elif name == "serve":
                 self._start(name)
         self._due.clear()
@@ -230,6 +231,11 @@ class Supervisor:
         if move.is_alive(name):
             vm = getattr(move.scene, name)
             assert qmp_status(vm.qmp) != "running", f"the {name} runs, too"
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _children(pid: int) -> list[int]:

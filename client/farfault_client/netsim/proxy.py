@@ -118,9 +118,9 @@ class End(asyncio.Protocol):
             self._on_the_way_bytes -= len(data)
             if not self._pair.is_dead and not other.transport.is_closing():
                 other.transport.write(network.pass_through(self._pair, data, self._direction))
-        if self._on_the_way_bytes <= BUFFER_BYTES_MAX // 2 and self.transport is not None:
-            if not self.transport.is_closing():
-                self.transport.resume_reading()
+        is_open = self.transport is not None and not self.transport.is_closing()
+        if self.transport is not None and is_open and self._on_the_way_bytes <= BUFFER_BYTES_MAX // 2:
+            self.transport.resume_reading()
         self._pair.drained()
 
     def start(self) -> None:

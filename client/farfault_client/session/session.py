@@ -35,7 +35,7 @@ PROTOCOL_VERSION = 1
 OPEN_TIMEOUT_S = 10.0
 WATCH_INTERVAL_S = 1.0
 """Between two looks at how long a lane has been silent."""
-BAD_ANSWERS_MAX = 16
+BAD_ANSWERS_MAX = 5
 """Answers that break the contract, in a row, before `Session.error` says so; it goes on trying."""
 PAGES_MAX = 1 << 31
 """Of one VM: 8 TiB of 4 KiB pages. The pager holds a byte for each."""
@@ -75,7 +75,6 @@ class Session:
 
     Attributes:
         lease: what was granted; None before `open`.
-        error: why the page server refuses to go on; None while it is well or merely out of reach.
     """
 
     def __init__(self, config: SessionConfig, on_change: Callable[[bool], None] = lambda connected: None) -> None:
@@ -83,7 +82,7 @@ class Session:
         self.stats = SessionStats()
         self.lease: Lease | None = None
         self.opened: pb.OpenResponse | None = None
-        self.error: FarfaultError | None = None
+        self._refusal: FarfaultError | None = None
         self._on_change = on_change
         self._control: grpc.aio.Channel | None = None
         self._drivers: dict[Lane, LaneDriver] = {}
@@ -91,6 +90,7 @@ class Session:
         self._open_lock = asyncio.Lock()
         self._opened_at = 0.0
         self._bad_in_a_row = 0
+        self._answers_at_bad = 0
         self._bulk: BulkHost | None = None
         # Connections in a row that carried nothing: every second attempt leaves a lane's own port alone.
         self._fruitless = dict.fromkeys(Lane, 0)
@@ -188,6 +188,20 @@ class Session:
             await self._control.close()
             self._control = None
 
+    @property
+    def error(self) -> FarfaultError | None:
+        """Why the page server cannot go on; None while it is well or merely out of reach."""
+        if self._refusal is None and self._bad_in_a_row > BAD_ANSWERS_MAX and self._answers == self._answers_at_bad:
+            return FarfaultError(
+                f"{self._bad_in_a_row} answers in a row from {self.config.peer.target} were wrong",
+                "nothing wrong was installed; check the link and the page server's log",
+            )
+        return self._refusal
+
+    @property
+    def _answers(self) -> int:
+        return sum(stats.answers for stats in self.stats.lanes.values())
+
     async def _keep(self, lane: Lane, user: LaneUser) -> None:
         waits = backoff(random.random)
         lost_at = -1.0
@@ -199,9 +213,9 @@ class Session:
             except UnreachableError as error:
                 logger.warning("%s", error.problem)
             except FarfaultError as error:
-                if self.error is None or self.error.problem != error.problem:
+                if self._refusal is None or self._refusal.problem != error.problem:
                     logger.error("%s; the guest waits", error)
-                self.error = error
+                self._refusal = error
             except Exception:  # a bug of ours must not leave a guest waiting for a lane that nobody keeps
                 logger.exception("%s lane failed; it is connected again", lane.value)
             lost_at = asyncio.get_running_loop().time()
@@ -212,7 +226,7 @@ class Session:
         async with self._open_lock:
             if lost_at > self._opened_at:
                 await self.open(self.key)
-                self.error = None
+                self._refusal = None
 
     async def _run_once(self, lane: Lane, user: LaneUser) -> bool:
         """One connection of a lane, from its start to its loss. True: it carried something."""
@@ -231,9 +245,8 @@ class Session:
             raise explain(error, self.config.peer.target) from error
         except BadAnswerError as error:
             stats.bad_answers += 1
-            self._bad_in_a_row += 1
             logger.warning("%s lane dropped: %s", lane.value, error)
-            self._judge_bad_answers()
+            self._count_bad_answer()
         except LaneLostError as error:
             logger.warning("%s lane lost: %s", lane.value, error)
         finally:
@@ -244,8 +257,6 @@ class Session:
             await driver.close()
         carried = stats.answers > before
         self._fruitless[lane] = 0 if carried else self._fruitless[lane] + 1
-        if carried:
-            self._bad_in_a_row = 0
         return carried
 
     async def _connect(self, lane: Lane, user: LaneUser) -> LaneDriver:
@@ -296,12 +307,13 @@ class Session:
             self.lease.lease_id, self.lease.token = granted.lease_id, granted.token
             self.lease.generation = granted.generation
 
-    def _judge_bad_answers(self) -> None:
-        if self._bad_in_a_row > BAD_ANSWERS_MAX:
-            raise FarfaultError(
-                f"{self._bad_in_a_row} answers in a row from {self.config.peer.target} were wrong",
-                "nothing wrong was installed; check the link and the page server's log",
-            )
+    def _count_bad_answer(self) -> None:
+        """In a row over both lanes; a good answer on either ends the row."""
+        if self._answers != self._answers_at_bad:
+            self._bad_in_a_row, self._answers_at_bad = 0, self._answers
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row == BAD_ANSWERS_MAX + 1:
+            logger.error("%s; the guest waits", self.error)
 
     def _changed(self, lane: Lane) -> None:
         if lane is Lane.DEMAND:
