@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
@@ -69,8 +70,9 @@ class Child:
         self._say({"port": self.port})
         report = asyncio.create_task(self._report(), name="report")
         try:
-            while line := await reader.readline():
-                self._follow(json.loads(line))
+            with contextlib.suppress(ConnectionResetError):  # the parent was killed in the middle of a message
+                while line := await reader.readline():
+                    self._follow(json.loads(line))
         finally:
             report.cancel()
             self._streams.end_all()
