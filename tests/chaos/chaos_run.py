@@ -85,6 +85,7 @@ class Supervisor:
         self._due: list[tuple[float, str, str]] = []  # when, "start" or "continue", what
         self._vmms_killed: set[str] = set()
         self._phase_at_kill = ""
+        self._ask_after = 0.0
 
     def run(self) -> str:
         """Until the move has ended; returns the outcome.
@@ -95,6 +96,7 @@ class Supervisor:
         deadline = time.monotonic() + RUN_S_MAX
         while time.monotonic() < deadline:
             self._observe()
+            self._ask_again()
             self._inject_due()
             self._obey_due()
             code = self._receiver_code()
@@ -105,6 +107,15 @@ class Supervisor:
 
     def _observe(self) -> None:
         self._seen_at.setdefault(self._move.receiver_step(), time.monotonic())
+
+    def _ask_again(self) -> None:
+        """A move that had not begun when it was interrupted waits for its operator, while the source runs."""
+        move = self._move
+        if move.is_alive("migrate") or not move.is_alive("receive") or not move.scene.control.exists():
+            return
+        if move.receiver_step() == "opened" and time.monotonic() >= self._ask_after:
+            self._ask_after = time.monotonic() + RETRY_S
+            move.begin()
 
     def _inject_due(self) -> None:
         now = time.monotonic()
