@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from farfault.v1 import receiver_pb2 as rpb
 from farfault_client.demo.processes import Processes, farfault_argv
 from farfault_client.demo.scene import Scene, SceneConfig
 from farfault_client.demo.vms import VmmKind
+from farfault_client.migrate.follow import ReceiverClient
 from prometheus_client.parser import text_string_to_metric_families
 
 LIMIT_S = 0.2
@@ -60,6 +62,11 @@ def look(control: Path) -> dict[str, Any]:
     return fields
 
 
+async def lift_the_cap(control: Path) -> None:
+    async with ReceiverClient(control) as receiver:
+        await receiver.tune(0)
+
+
 def test_an_outage_is_seen_everywhere_and_ends_well(folder: Path) -> None:
     port = free_port()
     flags = ("--metrics", f"127.0.0.1:{port}", "--slow-fault", str(LIMIT_S), "--bandwidth", "8MiB")
@@ -77,6 +84,7 @@ def test_an_outage_is_seen_everywhere_and_ends_well(folder: Path) -> None:
             assert metrics.value("farfault_connected") == 0
             assert metrics.value("farfault_longest_wait_seconds") > LIMIT_S
             seen = look(scene.control)
+            asyncio.run(lift_the_cap(scene.control))
             scene.start_server()
             status = moved.result(timeout=120)
             log = processes.log("receive").read_text()
