@@ -57,7 +57,7 @@ DRAIN_ATTEMPTS_MAX = 100_000
 """Times that one install is tried again after a userfaultfd event had to be read first: at least 5 s."""
 DRAIN_PAUSE_S = 50e-6
 """Between two tries: the kernel refuses until the thread whose event was read has run again (mmap_changing)."""
-BACKGROUND_RETRY_S = 0.002
+BACKGROUND_RETRY_S = 0.001
 """The background lane asks the engine again after this long when its window or cap was closed."""
 TIDS_AGE_MAX_S = 0.1
 """A thread that is no known vCPU's is looked up again after this long."""

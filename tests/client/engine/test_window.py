@@ -7,11 +7,12 @@ import random
 
 import pytest
 from farfault_client.engine import EngineConfig, Extent, ExtentResult, FaultEngine, Fetch, Priority
-from farfault_client.engine.window import PACE_S, QUEUE_S, QUIET_S, BackgroundWindow
+from farfault_client.engine.window import PACE_S, QUEUE_S, SHRINK_S, BackgroundWindow
 from farfault_shim.layout import Layout, PageIndex
 
 PAGE, HUGE = 4096, 2 << 20
 BATCH = 256 << 10
+PACE_LIMITED = BATCH / PACE_S  # bytes a second while threads wait
 
 
 class Link:
@@ -49,7 +50,7 @@ class Link:
         """Answers arrive until a time, or until everything is there."""
         while not self.engine.finished and self.now < until:
             self.pump()
-            step = self.now + 0.002
+            step = self.now + PACE_S
             if self.queue and self.queue[0][0] <= step:
                 self.now, _, fetch = heapq.heappop(self.queue)
                 extents = [Extent(run, ExtentResult.DATA) for run in fetch.runs]
@@ -128,25 +129,49 @@ def test_a_guest_that_faults_without_pause_does_not_starve_it() -> None:
     assert engine.finished
 
 
-def test_the_window_halves_once_in_a_while_and_not_below_its_floor() -> None:
+def test_a_fault_takes_the_queue_out_of_the_way_once_in_a_while() -> None:
     window = BackgroundWindow()
     window.size_bytes = 16 << 20
-    window.fault(1.0)
-    window.fault(1.0 + QUIET_S / 2)
-    assert window.size_bytes == 8 << 20
+    window.arrived(0, 1.0, 0.010)
+    window.arrived(0, 1.1, 0.016)  # 6 ms of queue
+    window.fault(1.2)
+    assert window.size_bytes == 10 << 20
+    window.fault(1.2 + SHRINK_S / 2)
+    assert window.size_bytes == 10 << 20
     for step in range(20):
         window.fault(2.0 + step)
     assert window.size_bytes == window.floor_bytes
 
 
-def test_it_grows_only_in_quiet_times_and_up_to_its_ceiling() -> None:
+def test_a_fault_leaves_a_way_without_a_queue_full() -> None:
     window = BackgroundWindow()
-    window.fault(1.0)
-    window.arrived(BATCH, 1.0 + QUIET_S / 2, 0.001)
-    assert window.size_bytes == window.floor_bytes
+    window.size_bytes = 16 << 20
+    window.fault(0.5)
+    for step in range(5):
+        window.arrived(0, 1.0 + step, 0.010)
+        window.fault(1.0 + step)
+    assert window.size_bytes == 16 << 20
+
+
+def test_it_grows_under_faults_too_and_up_to_its_ceiling() -> None:
+    window = BackgroundWindow()
     for step in range(1000):
+        window.fault(2.0 + step * 0.001)
         window.arrived(BATCH, 2.0 + step * 0.001, 0.001)
     assert window.size_bytes == window.ceiling_bytes
+
+
+def test_a_guest_that_faults_without_pause_leaves_the_background_the_way() -> None:
+    """10 Gb/s at 10 ms: the way is full although a thread waits at all times."""
+    engine = _engine(1 << 30)
+    link = Link(engine, 1.25e9, 0.010)
+    pages = iter(random.Random(3).sample(range(1 << 18), 1 << 18))
+    while not engine.finished and link.now < 20.0:
+        if not engine.waiting:
+            engine.fault("vcpu", [PageIndex(next(pages))], Priority.VCPU, link.now)
+        link.run(link.now + 0.0005)
+    assert engine.finished
+    assert (1 << 30) / PACE_LIMITED / link.now > 0.5
 
 
 def test_longer_round_trips_stop_it_and_much_longer_ones_shrink_it() -> None:
