@@ -25,7 +25,7 @@ from farfault_client.options import FILE, SIZE
 T = TypeVar("T")
 RUNS_DEFAULT: Final = 5
 QUICK_RUNS: Final = 3
-QUICK_RAM_BYTES: Final = 512 << 20
+QUICK_RAM_BYTES: Final = 256 << 20
 RAM_MIN_BYTES: Final = 32 << 20
 
 
