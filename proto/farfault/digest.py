@@ -9,7 +9,7 @@ import xxhash
 DIGEST_MODULUS: Final = 1 << 64
 
 
-def pages_digest(data: bytes, first_page: int, page_size_bytes: int) -> int:
+def pages_digest(data: bytes | memoryview, first_page: int, page_size_bytes: int) -> int:
     """The sum, modulo 2**64, of XXH3-64(page, seed = page index in its region) over whole pages.
 
     Digests of parts of a range add up, modulo `DIGEST_MODULUS`, to the digest of the range.

@@ -37,6 +37,7 @@ RECEIVER_END_TIMEOUT_S = 5.0
 @click.option("--state", type=FILE, help="Folder for the record of the move.")
 @click.option("--bandwidth", type=SIZE, default=None, metavar="BYTES/S", help="Cap of the background; 0: none.")
 @click.option("--hints", type=FILE, help="Working set of an earlier move (`farfault record`), fetched first.")
+@click.option("--verify", is_flag=True, help="Compare all of RAM with the source's before the move is complete.")
 @click.option("--check", is_flag=True, help="Preflight only: say what would be refused; stop nothing.")
 @click.option("--abort", is_flag=True, help="Bring the source back, if it is not too late.")
 @click.option("--resume", is_flag=True, help="Take up a move whose receiver died: finish it or roll it back.")
@@ -54,6 +55,7 @@ def migrate(
     state: Path | None,
     bandwidth: int | None,
     hints: Path | None,
+    verify: bool,
     check: bool,
     abort: bool,
     resume: bool,
@@ -78,6 +80,8 @@ def migrate(
     """
     configure_logging(level=log_level, as_json=json_logs)
     if control is not None:
+        if verify:
+            raise UsageError("--verify is an option of the receiver", "give it to `farfault receive`")
         figures = asyncio.run(_act(control, check=check, abort=abort, watch=resume, tune=bandwidth, quiet=as_json))
     else:
         if source is None or attach is None or qmp is None:
@@ -96,6 +100,7 @@ def migrate(
         arguments += ["--no-express"] if no_express else []
         arguments += ["--hints", str(hints)] if hints else []
         arguments += ["--bandwidth", str(bandwidth)] if bandwidth else []
+        arguments += ["--verify"] if verify else []
         arguments += ["--log-level", log_level] + (["--json-logs"] if json_logs else [])
         with started_receiver(arguments, ends_with_us=check) as own_control:
             figures = asyncio.run(_act(own_control, check=check, watch=resume, quiet=as_json))

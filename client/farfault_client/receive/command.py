@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 @click.option("--bandwidth", type=SIZE, default=0, metavar="BYTES/S", help="Cap of the background; demand has none.")
 @click.option("--hints", type=FILE, help="Working set of an earlier move (`farfault record`), fetched first.")
 @click.option("--allow-uid", type=int, multiple=True, help="User whose VMM may attach, besides root and our own.")
+@click.option("--verify", is_flag=True, help="Compare all of RAM with the page server's before the move is complete.")
 @click.option("--name", default="farfault", show_default=True, help="Name in the page server's log.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @observe_options
@@ -54,6 +55,7 @@ def receive(
     bandwidth: int,
     hints: Path | None,
     allow_uid: tuple[int, ...],
+    verify: bool,
     name: str,
     as_json: bool,
     metrics: str | None,
@@ -98,6 +100,7 @@ def receive(
         engine=EngineConfig(background_bytes_per_s=bandwidth),
         hints=hints,
         allowed_uids=allow_uid,
+        verify=verify,
     )
     status = _run(config, control, ObserveOptions(metrics, slow_fault, record), now=now)
     figures = summary_of(status)

@@ -25,6 +25,8 @@ class Step(StrEnum):
     HANDING_OVER = "handing over"
     """The point of no return lies in this step; the page server's record decides on which side of it."""
     RUNNING = "running"
+    WRONG = "found wrong"
+    """`--verify` found a difference: the move is never completed."""
     COMPLETED = "completed"
     ROLLED_BACK = "rolled back"
 

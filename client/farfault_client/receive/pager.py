@@ -43,6 +43,7 @@ from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
 
 from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
 from farfault_client.metrics.slow_faults import SlowFaults
+from farfault_client.receive.digest import RamDigest
 from farfault_client.receive.fault_times import FaultResult, FaultTimes, Sent, Trip
 from farfault_client.receive.working_set import WorkingSet
 from farfault_client.session.answers import Answer, request_of
@@ -121,6 +122,7 @@ class Pager:
         session: an open one; its lease says what guest memory is. The pager starts nothing on it.
         config: of the engine.
         on_removed: told of pages that the guest gives back, before it goes on.
+        digest: sums what is installed; None: nobody asked for it.
     """
 
     def __init__(
@@ -128,11 +130,13 @@ class Pager:
         session: Session,
         config: EngineConfig | None = None,
         on_removed: Callable[[PageRun], None] = lambda run: None,
+        digest: RamDigest | None = None,
     ) -> None:
         assert session.lease is not None, "open the session first"
         self.layout = layout = session.lease.layout
         self.session = session
         self._on_removed = on_removed
+        self._digest = digest
         self.engine = FaultEngine(layout, config)
         self.stats = PagerStats()
         self.slow_faults = SlowFaults()
@@ -192,8 +196,10 @@ class Pager:
     def restore(self, resident: Iterable[PageRun], removed: Iterable[PageRun]) -> None:
         """After a restart of the receiver: what the kernel says is in memory, and what the guest had given back."""
         for run in resident:
+            self._leave_out(run)
             self.engine.present(run)
         for run in removed:
+            self._leave_out(run)
             for absent in list(self.engine.pages.runs(*run, PageState.ABSENT)):
                 self.engine.removed(absent)
 
@@ -311,6 +317,7 @@ class Pager:
         assert self._installer is not None
         for run in self._installer.pages_of_range(start, end):
             self._on_removed(run)
+            self._leave_out(run)
             for page in self.engine.removed(run):
                 self._install_zero(page)
 
@@ -449,15 +456,36 @@ class Pager:
             result = self._installer.install_zero(run) if zero else self._installer.install(run, data, data_offset)
         except DrainEvents as drain:
             # What is in place came before the events, so it is told before them.
+            self._sum(drain.partial, run, data, data_offset)
             done = self._installed(drain.partial, zero=zero)
             self._read_events()
             time.sleep(DRAIN_PAUSE_S)
             return done
         except InstallError as error:
+            self._sum(error.partial, run, data, data_offset)
             self._installed(error.partial, zero=zero)
             self.engine.not_installed(run)
             raise
+        self._sum(result, run, data, data_offset)
         return self._installed(result, zero=zero)
+
+    def _sum(self, result: InstallResult, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> None:
+        """Adds what was installed of a run to the digest, if there is one."""
+        if self._digest is None:
+            return
+        for part in result.existed:
+            self._digest.leave_out(part)
+        if data_offset < 0:
+            return
+        view = memoryview(data) if isinstance(data, bytes) else data.view
+        page_size = self.layout.region_of_page(run.first).page_size_bytes
+        for part in result.installed:
+            begin = data_offset + (part.first - run.first) * page_size
+            self._digest.installed(part, view[begin : begin + part.count * page_size])
+
+    def _leave_out(self, run: PageRun) -> None:
+        if self._digest is not None:
+            self._digest.leave_out(run)
 
     def _installed(self, result: InstallResult, *, zero: bool) -> int:
         for run in result.installed:

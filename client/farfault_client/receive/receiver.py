@@ -25,6 +25,7 @@ from farfault_cli.errors import (
     RolledBackError,
     UnreachableError,
     UsageError,
+    VerificationError,
 )
 from farfault_shim.attach.listener import AttachListener
 from farfault_shim.attach.vmm import AttachedVmm
@@ -34,6 +35,7 @@ from farfault_shim.layout import PageRun
 from farfault_vmm.qmp import QmpVmm
 
 from farfault_client.engine import EngineConfig
+from farfault_client.receive.digest import RamDigest
 from farfault_client.receive.journal import Journal, Record, Step
 from farfault_client.receive.move import Move
 from farfault_client.receive.pager import Pager, layout_text
@@ -47,7 +49,7 @@ from farfault_client.session.session import Session, SessionConfig
 
 logger = logging.getLogger(__name__)
 
-RESTART_STEPS = frozenset({Step.HANDING_OVER, Step.RUNNING, Step.COMPLETED})
+RESTART_STEPS = frozenset({Step.HANDING_OVER, Step.RUNNING, Step.WRONG, Step.COMPLETED})
 """Steps in which a VMM on this host may hold the VM: after a restart the receiver waits for it."""
 PREFLIGHT_ATTACH_TIMEOUT_S = 10.0
 """A preflight waits this long for a VMM to attach: it retries ten times a second."""
@@ -69,6 +71,7 @@ class ReceiverConfig:
         engine: bounds, bandwidth cap.
         hints: working set of an earlier move, fetched ahead of the rest.
         allowed_uids: users whose VMMs may attach, besides root and our own.
+        verify: compare all of RAM with the page server's before Complete.
     """
 
     session: SessionConfig
@@ -78,6 +81,7 @@ class ReceiverConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     hints: Path | None = None
     allowed_uids: Collection[int] = ()
+    verify: bool = False
 
 
 class Receiver:
@@ -98,6 +102,7 @@ class Receiver:
         self.progress = Progress()
         self.changed = asyncio.Event()
         self.pager: Pager | None = None
+        self._digest: RamDigest | None = None
         self._hints: list[PageRun] = []
         self._vmm: AttachedVmm | None = None
         self._attached = asyncio.Event()
@@ -135,14 +140,16 @@ class Receiver:
             step = record.step
             logger.info("taking up the move that was %s", step.value)
             await self._reopen(record)
-        self.pager = Pager(self.session, self.config.engine, self._removed.append)
+        assert self.session.lease is not None
+        if self.config.verify:
+            self._digest = RamDigest(self.session.lease.layout)
+        self.pager = Pager(self.session, self.config.engine, self._removed.append, self._digest)
         if self.config.hints is not None:
             self._hints = read_hints(self.config.hints, self.pager.layout.page_count)
         self._listener = await AttachListener.start(
             self.config.attach, self._on_attached, self._on_detached, self.config.allowed_uids
         )
         self.session.start(self.pager)
-        assert self.session.lease is not None
         logger.info("lease on %s; waiting for a VMM at %s", layout_text(self.session.lease.layout), self.config.attach)
         return step
 
@@ -233,6 +240,8 @@ class Receiver:
             await self.source.resume()
             self.journal.step(Step.ROLLED_BACK)
             raise RolledBackError("the receiver was interrupted before the hand-over; the source VM runs as before")
+        if step is Step.WRONG:
+            raise _wrong("an earlier receiver of this move found memory that is not what the page server holds")
         if step is Step.COMPLETED:
             await self._complete_again()
             return
@@ -308,6 +317,7 @@ class Receiver:
         self.pager.start_background()
         await self._all_installed()
         self.progress.streamed()
+        await self._verify()
         self.pager.unregister()
         self.journal.step(Step.COMPLETED)
         await self._complete()
@@ -326,6 +336,24 @@ class Receiver:
                 "the destination VMM has exited in the middle of the move",
                 "see its log; the page server still holds the memory as it was at the switchover",
             )
+
+    async def _verify(self) -> None:
+        """Compares memory with the page server's, if that was asked for. A difference is remembered for good.
+
+        Raises:
+            VerificationError: they differ; Complete is never said.
+        """
+        if self._digest is None:
+            return
+        assert self.pager is not None
+        for chunk in self._digest.chunks(self.pager.engine.pages):
+            theirs = await self.source.digest(chunk.region, chunk.runs)
+            if theirs != chunk.digest:
+                self.journal.step(Step.WRONG)
+                raise _wrong(f"{chunk} are not what the page server holds")
+            self.progress.verified_pages += chunk.page_count
+        total = self.pager.layout.page_count
+        logger.info("verified: %d of %d pages are what the page server holds", self.progress.verified_pages, total)
 
     async def _complete(self) -> None:
         assert self.pager is not None
@@ -480,6 +508,14 @@ class Receiver:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+def _wrong(problem: str) -> VerificationError:
+    return VerificationError(
+        problem,
+        "do not trust this VM; keep the RAM files and the logs of both sides: the page server still holds the memory "
+        "as it was at the switchover",
+    )
 
 
 def _is_alive(pid: int) -> bool:

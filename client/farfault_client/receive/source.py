@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc.aio
 import xxhash
+from farfault.digest import DIGEST_MODULUS
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
+from farfault_shim.layout import PageRun, Region
 from farfault_vmm.description import VmDescription
 
 from farfault_client.session.backoff import backoff
@@ -92,6 +94,21 @@ class SourceVm:
         """Every page is here; asked again until the server answers."""
         await self._insist(self._page_stub().Complete, request)
 
+    async def digest(self, region: Region, runs: Sequence[PageRun]) -> int:
+        """The page server's digest of pages of one region; asked again until it answers.
+
+        Raises:
+            FarfaultError: it refuses, or its memory is of another generation.
+        """
+        ranges = [
+            pb.PageRange(region=region.index, first_page=run.first - region.first_page, page_count=run.count)
+            for run in runs
+        ]
+        response: pb.DigestResponse = await self._insist(self._page_stub().Digest, pb.DigestRequest(ranges=ranges))
+        if response.generation != self._session.key.generation or len(response.digests) != len(runs):
+            raise FarfaultError(f"a digest of generation {response.generation}, not {self._session.key.generation}")
+        return sum(response.digests) % DIGEST_MODULUS
+
     async def release(self) -> None:
         """Gives the lease back."""
         await self._call(self._page_stub().Release, pb.ReleaseRequest())
@@ -108,11 +125,10 @@ class SourceVm:
         except grpc.aio.AioRpcError as error:
             raise explain(error, self._session.config.peer.target) from error
 
-    async def _insist(self, method: Callable[..., Awaitable[Any]], request: object) -> None:
+    async def _insist(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
         for wait_s in backoff(random.random):
             try:
-                await self._call(method, request)
+                return await self._call(method, request)
             except UnreachableError:
                 await asyncio.sleep(wait_s)
-            else:
-                return
+        raise AssertionError("a back-off never ends")

@@ -29,6 +29,7 @@ class Progress:
     running_since: float | None = None
     postcopy_s: float = 0.0
     fault_source: str = ""
+    verified_pages: int = 0
     checks: list[rpb.Check] = field(default_factory=list)
 
     def failed(self, error: FarfaultError, phase: rpb.Phase) -> None:
@@ -69,6 +70,7 @@ def status_of(
         checks=progress.checks,
     )
     status.counters["opens"] = session.stats.opens
+    status.counters["verified_pages"] = progress.verified_pages
     for lane in Lane:
         stats = session.stats.lanes[lane]
         status.bytes_on_wire += stats.wire_bytes
