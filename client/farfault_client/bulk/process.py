@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import grpc.aio
+from farfault_cli.helper_process import end_with_parent
 from farfault_cli.runtime import keep_freed_memory
 from farfault_shim.layout import Layout
 
@@ -173,6 +174,7 @@ def _set_once(future: asyncio.Future[None]) -> None:
 
 def main() -> None:
     """Entry point of the child process."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the receiver's to handle
     keep_freed_memory()
     descriptor, ring_descriptor, slot_bytes = map(int, sys.argv[1:4])
