@@ -63,7 +63,7 @@ class DecodedBatch(NamedTuple):
     """
 
     header: pb.PageBatch
-    buffer: bytes
+    buffer: bytes | memoryview
     data_offset: int
     data_length: int
 
@@ -141,10 +141,21 @@ def decode_batch(raw: bytes) -> DecodedBatch:
     return _decode_large(raw)
 
 
-def _decode_large(raw: bytes) -> DecodedBatch:
+def decode_view(view: memoryview) -> DecodedBatch:
+    """Reads a `PageBatch` that lies in somebody's buffer: its pages stay there, whatever its size.
+
+    The result's `buffer` is `view` itself.
+
+    Raises:
+        DecodeError: the bytes are no PageBatch.
+    """
+    return _decode_large(view)
+
+
+def _decode_large(raw: bytes | memoryview) -> DecodedBatch:
     position, end = 0, len(raw)
     kept_from, data_offset, data_length = 0, end, 0
-    kept: list[bytes] = []
+    kept: list[bytes | memoryview] = []
     while position < end:
         if raw[position] != DATA_TAG[0]:
             position = _skip_field(raw, position)
@@ -158,7 +169,7 @@ def _decode_large(raw: bytes) -> DecodedBatch:
     return DecodedBatch(pb.PageBatch.FromString(b"".join(kept)), raw, data_offset, data_length)
 
 
-def _skip_field(raw: bytes, position: int) -> int:
+def _skip_field(raw: bytes | memoryview, position: int) -> int:
     """The position after the field that starts at `position`."""
     tag, position = _read_varint(raw, position)
     wire_type = tag & 7
@@ -174,7 +185,7 @@ def _skip_field(raw: bytes, position: int) -> int:
     raise DecodeError(f"wire type {wire_type}")
 
 
-def _read_varint(raw: bytes, position: int) -> tuple[int, int]:
+def _read_varint(raw: bytes | memoryview, position: int) -> tuple[int, int]:
     """``(value, position after it)``."""
     value = shift = 0
     try:

@@ -48,6 +48,7 @@ class ServeOptions:
     express_port: int
     has_express: bool
     background_port: int
+    express_background_port: int
     has_background_process: bool
     metrics: str | None
     log_level: str
@@ -87,6 +88,7 @@ class Size(click.ParamType["int"]):
 @click.option("--express-port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any.")
 @click.option("--express/--no-express", "has_express", default=True, help="Answer urgent pages without gRPC, too.")
 @click.option("--background-port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any.")
+@click.option("--express-background-port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any.")
 @click.option(
     "--background-process/--no-background-process",
     "has_background_process",
@@ -152,6 +154,7 @@ async def run(options: ServeOptions) -> None:
         port=port,
         express_port=options.express_port if options.has_express else None,
         background_port=options.background_port if options.has_background_process else None,
+        express_background_port=options.express_background_port if options.has_express else None,
         tls=options.tls,
         log_level=options.log_level,
         json_logs=options.json_logs,

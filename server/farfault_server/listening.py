@@ -1,15 +1,19 @@
-"""Binding a gRPC server to its port; the same options for every process of the server."""
+"""Ports of a server: binding gRPC with the same options in every process, and certificates that follow their files."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Final
 
 import grpc.aio
-from farfault_cli.errors import UsageError
+from farfault_cli.errors import FarfaultError, UsageError
 from farfault_cli.tls import ServerTls
 
 from farfault_server.lanes.limits import REQUEST_BYTES_MAX
+
+logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES_MAX: Final = 8 << 20
 """Of an answer; a request is bound by `REQUEST_BYTES_MAX`."""
@@ -57,3 +61,17 @@ def listen(server: grpc.aio.Server, host: str, port: int, tls: ServerTls | None)
             "another program uses the port, or the address is not of this host; port 0 takes any free port",
         )
     return bound
+
+
+TLS_REFRESH_S: Final = 5.0
+"""How often express listeners look whether their certificate was renewed."""
+
+
+async def keep_fresh(tls: ServerTls) -> None:
+    """Follows the TLS files until it is cancelled."""
+    while True:
+        await asyncio.sleep(TLS_REFRESH_S)
+        try:
+            tls.refresh()
+        except FarfaultError as error:
+            logger.warning("the old certificate goes on: %s", error)

@@ -26,7 +26,7 @@ from farfault_server.leases.book import LeaseBook
 from farfault_server.leases.keeper import LeaseKeeper
 from farfault_server.leases.phases import Phase
 from farfault_server.leases.store import MemoryStore, Store
-from farfault_server.listening import CHANNEL_OPTIONS, listen
+from farfault_server.listening import CHANNEL_OPTIONS, keep_fresh, listen
 from farfault_server.memory import PageRegion, ServedMemory
 from farfault_server.rpc.page_service import LEASES_MAX, PageService, ServerStats
 from farfault_server.rpc.source_service import SourceService
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S: Final = 2.0
 """Calls that are under way when the server ends may go on for this long."""
-TLS_REFRESH_S: Final = 5.0
-"""How often the express lane looks whether its certificate was renewed."""
 WATCH_INTERVAL_S: Final = 1.0
 """How often the VM, which should stand still, is looked at."""
 SERVICES: Final = ("farfault.v1.PageService", "farfault.v1.SourceService")
@@ -53,6 +51,7 @@ class ServerConfig:
         leases_max: of both kinds.
         express_port: of the express lane; 0: any; None: no express lane.
         background_port: of the background process; 0: any; None: no such process.
+        express_background_port: of bulk without gRPC, in the background process; 0: any; None: not offered.
         tls: directory of the TLS files; None: plain.
         admission_token: what Open needs; None: nothing.
         log_level, json_logs: how the background process logs.
@@ -63,6 +62,7 @@ class ServerConfig:
     port: int = 0
     express_port: int | None = 0
     background_port: int | None = 0
+    express_background_port: int | None = 0
     tls: Path | None = None
     leases_max: int = LEASES_MAX
     admission_token: str | None = None
@@ -136,7 +136,7 @@ class PageServer:
         context = self._tls.ssl_context if self._tls is not None else None
         await self._express.start(self.config.host, self.config.express_port, context)
         if self._tls is not None:
-            self._chores.append(asyncio.create_task(self._refresh_tls(self._tls), name="refresh TLS"))
+            self._chores.append(asyncio.create_task(keep_fresh(self._tls), name="refresh TLS"))
 
     async def _start_background(self) -> None:
         if self.config.background_port is None:
@@ -145,20 +145,13 @@ class PageServer:
             self.keeper,
             self.config.host,
             self.config.background_port,
+            self.config.express_background_port,
             self.config.tls,
             log_level=self.config.log_level,
             json_logs=self.config.json_logs,
         )
         self.keeper.publish = self.background.publish
         await self.background.start()
-
-    async def _refresh_tls(self, tls: ServerTls) -> None:
-        while True:
-            await asyncio.sleep(TLS_REFRESH_S)
-            try:
-                tls.refresh()
-            except FarfaultError as error:
-                logger.warning("the old certificate goes on: %s", error)
 
     def _load_book(self) -> LeaseBook:
         identity = [region.identity() for region in self.regions]
@@ -212,6 +205,8 @@ class PageServer:
             lanes.append(pb.LaneAddress(kind=pb.LANE_KIND_EXPRESS, port=self._express.port))
         if self.background is not None and self.background.is_up:
             lanes.append(pb.LaneAddress(kind=pb.LANE_KIND_BACKGROUND, port=self.background.port))
+            if self.background.express_port is not None:
+                lanes.append(pb.LaneAddress(kind=pb.LANE_KIND_EXPRESS_BACKGROUND, port=self.background.express_port))
         return lanes
 
     async def _watch_vm(self) -> None:

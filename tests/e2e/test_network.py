@@ -76,12 +76,19 @@ def test_between_two_hosts_with_mutual_tls(two_hosts: tuple[str, str], make_scen
 
 @pytest.mark.parametrize("kind", [VmmKind.QEMU, VmmKind.REFERENCE], ids=lambda kind: kind.value)
 def test_with_a_round_trip_of_5_ms(kind: VmmKind, make_scene: MakeScene) -> None:
-    ports = free_ports(3)
+    ports = free_ports(4)
     config = SceneConfig(
         kind,
         ram_bytes=64 * MIB,
         vcpus=2,
-        serve_flags=("--express-port", str(ports[1]), "--background-port", str(ports[2])),
+        serve_flags=(
+            "--express-port",
+            str(ports[1]),
+            "--background-port",
+            str(ports[2]),
+            "--express-background-port",
+            str(ports[3]),
+        ),
         source_target=f"127.0.0.2:{ports[0]}",
     )
     scene = make_scene(config)

@@ -38,8 +38,15 @@ class FaultyMove:
     """
 
     def __init__(self, config: SceneConfig, folder: Path, *, rtt_ms: float = 0, seed: int = 0) -> None:
-        self.ports = free_ports(3)
-        sides = ("--express-port", str(self.ports[1]), "--background-port", str(self.ports[2]))
+        self.ports = free_ports(4)
+        sides = (
+            "--express-port",
+            str(self.ports[1]),
+            "--background-port",
+            str(self.ports[2]),
+            "--express-background-port",
+            str(self.ports[3]),
+        )
         config = replace(
             config,
             serve_flags=(*config.serve_flags, *sides),

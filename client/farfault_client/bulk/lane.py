@@ -33,15 +33,19 @@ ANSWERS_PER_WAKEUP_MAX = 2
 """Answers installed before the event loop looks at faults again: about 0.1 ms each."""
 
 
+FRAME_SLACK_BYTES = 64 << 10
+"""A frame is longer than its pages by at most this much (pages.proto, express lanes)."""
+
+
 class BulkHost:
     """Owns the bulk process; starts it at first use and again after its death.
 
     Args:
-        slot_bytes: the largest answer that the page server may send.
+        slot_bytes: the most page data that an answer of the page server may have.
     """
 
     def __init__(self, slot_bytes: int) -> None:
-        self._slot_bytes = slot_bytes
+        self._slot_bytes = slot_bytes = slot_bytes + FRAME_SLACK_BYTES
         memory = make_memory(slot_bytes)
         self.ring = SlotRing(memory, slot_bytes)
         self._memory = memory
@@ -97,14 +101,14 @@ class ProcessLane:
         lease: whose pages.
         user: see `LaneUser`.
         stats: counted into.
-        streams: parallel streams.
+        streams: parallel streams over gRPC; 0: frames on a plain stream.
     """
-
-    carrier = "process"
 
     def __init__(
         self, host: BulkHost, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, *, streams: int
     ) -> None:
+        self.carrier = "process" if streams else "express process"
+        self._freed: list[int] = []
         self._host = host
         self._lease = lease
         self._user = user
@@ -116,6 +120,7 @@ class ProcessLane:
         self._loop.add_reader(self._socket.fileno(), self._readable)
         connect = Connect(
             peer.target,
+            not streams,
             str(peer.tls or ""),
             lease.lease_id,
             lease.token,
@@ -156,6 +161,12 @@ class ProcessLane:
         self.pump()
 
     def _readable(self) -> None:
+        try:
+            self._take_answers()
+        finally:
+            self._free()
+
+    def _take_answers(self) -> None:
         for _ in range(ANSWERS_PER_WAKEUP_MAX):
             try:
                 packet = self._socket.recv(MESSAGE_BYTES_MAX)
@@ -174,21 +185,26 @@ class ProcessLane:
                 return
 
     def _answer(self, packet: bytes) -> None:
-        slot, length, wire_bytes = ANSWER_HEAD.unpack_from(packet, 1)
+        slot, offset, length, wire_bytes = ANSWER_HEAD.unpack_from(packet, 1)
         self._stats.wire_bytes += wire_bytes
         header = pb.PageBatch.FromString(packet[1 + ANSWER_HEAD.size :])
         data: Any = b"" if slot == NO_SLOT else self._host.ring.slot(slot)
         try:
-            answer = verify(
-                DecodedBatch(header, data, 0, length), self._lease.layout, self._lease.generation, data_checked=True
-            )
+            batch = DecodedBatch(header, data, offset, length)
+            answer = verify(batch, self._lease.layout, self._lease.generation, data_checked=True)
             self._stats.answers += 1
             self._user.answered(Lane.BACKGROUND, answer)
         except BadAnswerError as error:
             self._end(error)
         finally:
             if slot != NO_SLOT:
-                self._send(bytes([MessageType.FREE]) + SLOT.pack(slot))
+                self._freed.append(slot)
+
+    def _free(self) -> None:
+        """Gives slots back, several in one packet: each packet may wake the other process."""
+        if self._freed:
+            self._send(bytes([MessageType.FREE]) + b"".join(map(SLOT.pack, self._freed)))
+            self._freed.clear()
 
     def _end(self, error: Exception) -> None:
         if not self._ended.done():

@@ -4,9 +4,9 @@
 
     CONNECT  the receiver   JSON: target, tls folder, lease, sizes of regions; connect (again) and carry the lane
     REQUEST  the receiver   u64 generation, then a FetchRequest
-    FREE     the receiver   u32 slot that was installed
-    ANSWER   the bulk side  u32 slot, u32 bytes of data in it, u32 bytes on the wire, then a PageBatch without data;
-                            the batch has been verified, checksum included
+    FREE     the receiver   u32 each of slots that were installed
+    ANSWER   the bulk side  u32 slot, u32 where in it the data lie, u32 their bytes, u32 bytes on the wire, then a
+                            PageBatch without data; the batch has been verified, checksum included
     LOST     the bulk side  u8 1: the server broke the contract, 0: connection gone; then a text
 """
 
@@ -19,7 +19,7 @@ from enum import IntEnum
 
 MESSAGE_BYTES_MAX = 128 << 10
 REQUEST_HEAD = struct.Struct("<Q")
-ANSWER_HEAD = struct.Struct("<III")
+ANSWER_HEAD = struct.Struct("<IIII")
 SLOT = struct.Struct("<I")
 NO_SLOT = 0xFFFF_FFFF
 
@@ -36,9 +36,17 @@ class MessageType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Where to, and for whom. `regions` are ``(size_bytes, page_size_bytes)``."""
+    """Where to, and for whom.
+
+    Attributes:
+        target: the page server's address for this lane.
+        is_express: frames on a plain stream; otherwise gRPC.
+        regions: ``(size_bytes, page_size_bytes)`` of each.
+        streams: over gRPC.
+    """
 
     target: str
+    is_express: bool
     tls: str
     lease_id: str
     token: str

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 import grpc.aio
+import uvloop
+from farfault.codec import DecodedBatch
 from farfault_cli.helper_process import end_with_parent
 from farfault_cli.runtime import keep_freed_memory
 from farfault_shim.layout import Layout
@@ -28,10 +30,15 @@ from farfault_client.bulk.messages import (
     MessageType,
 )
 from farfault_client.bulk.ring import SLOTS, SlotRing
+from farfault_client.bulk.stream import BulkStream, SlotAnswer
+from farfault_client.bulk.stream import connect as connect_bulk
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.grpc_lane import METHODS, read_answer
 from farfault_client.session.lane import Lane, LaneLostError
 from farfault_client.session.lease import Lease, Peer, explain
+
+PACKETS_PER_WAKEUP_MAX = 64
+"""Packets of the receiver's that are taken in one go."""
 
 
 class BulkProcess:
@@ -50,46 +57,116 @@ class BulkProcess:
         for slot in range(SLOTS):
             self._free.put_nowait(slot)
         self._requests: asyncio.Queue[bytes] = asyncio.Queue()
+        self._answers: asyncio.Queue[SlotAnswer] = asyncio.Queue()
+        self._stream: BulkStream | None = None
         self._lease: Lease | None = None
         self._carrying: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Until the receiver is gone."""
         loop = asyncio.get_running_loop()
-        while packet := await loop.sock_recv(self._socket, MESSAGE_BYTES_MAX):
-            payload = packet[1:]
-            match packet[0]:
-                case MessageType.REQUEST:
-                    assert self._lease is not None
-                    (self._lease.generation,) = REQUEST_HEAD.unpack_from(payload)
-                    self._requests.put_nowait(payload[REQUEST_HEAD.size :])
-                case MessageType.FREE:
-                    self._free.put_nowait(SLOT.unpack(payload)[0])
-                case MessageType.CONNECT:
-                    await self._stop()
-                    connect = Connect.unpack(payload)
-                    layout = Layout(connect.regions)
-                    self._lease = Lease(connect.lease_id, connect.token, connect.generation, layout)
-                    self._carrying = loop.create_task(self._carry(connect, self._lease))
+        gone: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._socket.fileno(), self._readable, gone)
+        await gone
+        loop.remove_reader(self._socket.fileno())
         await self._stop()
+
+    def _readable(self, gone: asyncio.Future[None]) -> None:
+        for _ in range(PACKETS_PER_WAKEUP_MAX):
+            try:
+                packet = self._socket.recv(MESSAGE_BYTES_MAX)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                _set_once(gone)
+                return
+            self._told(packet[0], packet[1:])
+
+    def _told(self, kind: int, payload: bytes) -> None:
+        if kind == MessageType.REQUEST:
+            assert self._lease is not None
+            (self._lease.generation,) = REQUEST_HEAD.unpack_from(payload)
+            request = payload[REQUEST_HEAD.size :]
+            if self._stream is not None:
+                self._stream.send(request)
+            else:
+                self._requests.put_nowait(request)
+        elif kind == MessageType.FREE:
+            for (slot,) in SLOT.iter_unpack(payload):
+                self._free.put_nowait(slot)
+            if self._stream is not None:
+                self._stream.slot_freed()
+        elif kind == MessageType.CONNECT:
+            connect = Connect.unpack(payload)
+            lease = Lease(connect.lease_id, connect.token, connect.generation, Layout(connect.regions))
+            self._lease, self._stream = lease, None
+            before, self._carrying = self._carrying, None
+            while not self._requests.empty():
+                self._requests.get_nowait()
+            self._carrying = asyncio.get_running_loop().create_task(self._carry(connect, lease, before))
 
     async def _stop(self) -> None:
         if self._carrying is not None:
             self._carrying.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._carrying
-        while not self._requests.empty():
-            self._requests.get_nowait()
 
-    async def _carry(self, connect: Connect, lease: Lease) -> None:
-        credentials, tls = None, None
-        if connect.tls:
+    async def _carry(self, connect: Connect, lease: Lease, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            before.cancel()
+            await asyncio.gather(before, return_exceptions=True)
+        tls = Path(connect.tls) if connect.tls else None
+        try:
+            async with asyncio.TaskGroup() as group:
+                if connect.is_express:
+                    group.create_task(self._carry_express(Peer(connect.target, tls=tls), lease))
+                else:
+                    group.create_task(self._carry_grpc(connect, lease, tls))
+        except BaseExceptionGroup as errors:
+            await self._report(errors, connect.target)
+
+    # ---- frames on a plain stream ----------------------------------------------------------------
+
+    async def _carry_express(self, peer: Peer, lease: Lease) -> None:
+        stream = await connect_bulk(
+            peer,
+            lambda: BulkStream(lease, self._ring, self._take_slot, self._free.put_nowait, self._answers.put_nowait),
+        )
+        try:
+            while not self._requests.empty():
+                stream.send(self._requests.get_nowait())
+            self._stream = stream
+            async with asyncio.TaskGroup() as group:
+                group.create_task(stream.run())
+                group.create_task(self._pass_on())
+        finally:
+            self._stream = None
+            stream.close()
+            while not self._answers.empty():
+                self._free.put_nowait(self._answers.get_nowait().slot)
+
+    def _take_slot(self) -> int | None:
+        return None if self._free.empty() else self._free.get_nowait()
+
+    async def _pass_on(self) -> None:
+        while True:
+            slot, batch, wire_bytes = await self._answers.get()
+            if not batch.data_length:
+                self._free.put_nowait(slot)
+                slot = NO_SLOT
+            await self._answer(slot, batch, wire_bytes)
+
+    # ---- gRPC ------------------------------------------------------------------------------------
+
+    async def _carry_grpc(self, connect: Connect, lease: Lease, tls: Path | None) -> None:
+        credentials = None
+        if tls is not None:
             from farfault_cli.tls import channel_credentials
 
-            tls = Path(connect.tls)
             credentials = channel_credentials(tls)
-        peer = Peer(connect.target, credentials, tls)
-        channel = peer.channel()
+        channel = Peer(connect.target, credentials, tls).channel()
         call: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
         call = channel.stream_stream(METHODS[Lane.BACKGROUND], request_serializer=None, response_deserializer=None)
         try:
@@ -98,8 +175,6 @@ class BulkProcess:
                     stream = call(metadata=lease.metadata())
                     group.create_task(self._send(stream))
                     group.create_task(self._receive(stream, lease))
-        except BaseExceptionGroup as errors:
-            await self._report(errors, connect.target)
         finally:
             await channel.close()
 
@@ -112,24 +187,28 @@ class BulkProcess:
             raw = await stream.read()
             if not isinstance(raw, bytes):
                 raise LaneLostError("the page server ended the background stream")
-            decoded, answer = read_answer(raw, lease)
+            decoded, _ = read_answer(raw, lease)
             slot = NO_SLOT
             if decoded.data_length:
                 if decoded.data_length > self._ring.slot_bytes:
                     raise BadAnswerError(f"a batch of {decoded.data_length} bytes")
                 slot = await self._free.get()
-            try:
-                if slot != NO_SLOT:
-                    self._ring.slot(slot).view[: decoded.data_length] = decoded.data
-                header = decoded.header
-                header.ClearField("data")
-                head = ANSWER_HEAD.pack(slot, decoded.data_length, len(raw))
-                del answer, raw
-                await self._post(bytes([MessageType.ANSWER]) + head + header.SerializeToString())
-            except BaseException:  # not sent: the receiver will never free it
-                if slot != NO_SLOT:
-                    self._free.put_nowait(slot)
-                raise
+                self._ring.slot(slot).view[: decoded.data_length] = decoded.data
+            await self._answer(slot, decoded._replace(data_offset=0), len(raw))
+
+    # ---- to the receiver -------------------------------------------------------------------------
+
+    async def _answer(self, slot: int, batch: DecodedBatch, wire_bytes: int) -> None:
+        """Passes an answer on, or frees its slot."""
+        header = batch.header
+        header.ClearField("data")
+        head = ANSWER_HEAD.pack(slot, batch.data_offset, batch.data_length, wire_bytes)
+        try:
+            await self._post(bytes([MessageType.ANSWER]) + head + header.SerializeToString())
+        except BaseException:  # not sent: the receiver will never free it
+            if slot != NO_SLOT:
+                self._free.put_nowait(slot)
+            raise
 
     async def _post(self, packet: bytes) -> None:
         """Sends one packet. An exception, cancellation included, means that it was not sent.
@@ -180,7 +259,12 @@ def main() -> None:
     descriptor, ring_descriptor, slot_bytes = map(int, sys.argv[1:4])
     connection = socket.socket(fileno=descriptor)
     connection.setblocking(False)
-    asyncio.run(BulkProcess(connection, SlotRing(ring_descriptor, slot_bytes)).run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(connection, ring_descriptor, slot_bytes))
+
+
+async def _run(connection: socket.socket, ring_descriptor: int, slot_bytes: int) -> None:
+    await BulkProcess(connection, SlotRing(ring_descriptor, slot_bytes)).run()
 
 
 if __name__ == "__main__":

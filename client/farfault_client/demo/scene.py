@@ -26,6 +26,20 @@ START_TIMEOUT_S = 60.0
 MOVE_TIMEOUT_S = 300.0
 
 
+PORTS = 4
+"""Ports of a page server: gRPC, express, background, express background."""
+
+
+def port_flags(ports: Sequence[int]) -> tuple[str, ...]:
+    """Flags of `farfault serve` that fix the ports of its lanes.
+
+    Args:
+        ports: `PORTS` of them; the first is the server's own, which `--listen` names.
+    """
+    names = ("--express-port", "--background-port", "--express-background-port")
+    return tuple(word for name, port in zip(names, ports[1:], strict=True) for word in (name, str(port)))
+
+
 @dataclass(frozen=True, slots=True)
 class SceneConfig:
     """What is played.

@@ -80,6 +80,10 @@ class Peer:
         """The host without its port; brackets of an IPv6 address are taken off."""
         return self.target.rpartition(":")[0].strip("[]")
 
+    @property
+    def port(self) -> int:
+        return int(self.target.rpartition(":")[2])
+
     def at_port(self, port: int) -> Peer:
         """The same host at another port."""
         return replace(self, target=f"{self.target.rpartition(':')[0]}:{port}")

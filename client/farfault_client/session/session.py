@@ -263,12 +263,7 @@ class Session:
         assert self.lease is not None
         config, stats = self.config, self.stats.lanes[lane]
         if lane is Lane.BACKGROUND:
-            port = self._port(pb.LANE_KIND_BACKGROUND)
-            peer = config.peer.at_port(port) if port and self._fruitless[lane] % 2 == 0 else config.peer
-            if config.background_process:
-                host = self._bulk_host()
-                return ProcessLane(host, peer, self.lease, user, stats, streams=config.background_streams)
-            return GrpcLane(lane, peer, self.lease, user, stats, streams=config.background_streams)
+            return self._connect_background(user)
         port = self._port(pb.LANE_KIND_EXPRESS)
         if config.express and port:
             try:
@@ -278,6 +273,21 @@ class Session:
             except LaneLostError as error:
                 logger.warning("%s; demand goes over gRPC", error)
         return GrpcLane(lane, config.peer, self.lease, user, stats, streams=config.demand_streams)
+
+    def _connect_background(self, user: LaneUser) -> LaneDriver:
+        """On a port of its own where there is one; each second fruitless attempt leaves those ports alone."""
+        assert self.lease is not None
+        config, stats, streams = self.config, self.stats.lanes[Lane.BACKGROUND], self.config.background_streams
+        express_port = self._port(pb.LANE_KIND_EXPRESS_BACKGROUND) if config.express else 0
+        port = self._port(pb.LANE_KIND_BACKGROUND)
+        if self._fruitless[Lane.BACKGROUND] % 2:
+            express_port = port = 0
+        peer = config.peer.at_port(port) if port else config.peer
+        if not config.background_process:
+            return GrpcLane(Lane.BACKGROUND, peer, self.lease, user, stats, streams=streams)
+        if express_port:
+            peer, streams = config.peer.at_port(express_port), 0
+        return ProcessLane(self._bulk_host(), peer, self.lease, user, stats, streams=streams)
 
     def _port(self, kind: pb.LaneKind) -> int:
         assert self.opened is not None

@@ -26,6 +26,7 @@ class LaneKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LANE_KIND_UNSPECIFIED: _ClassVar[LaneKind]
     LANE_KIND_BACKGROUND: _ClassVar[LaneKind]
     LANE_KIND_EXPRESS: _ClassVar[LaneKind]
+    LANE_KIND_EXPRESS_BACKGROUND: _ClassVar[LaneKind]
 
 class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -55,6 +56,7 @@ VM_STATE_COMPLETED: VmState
 LANE_KIND_UNSPECIFIED: LaneKind
 LANE_KIND_BACKGROUND: LaneKind
 LANE_KIND_EXPRESS: LaneKind
+LANE_KIND_EXPRESS_BACKGROUND: LaneKind
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_VCPU: Priority
 PRIORITY_VMM: Priority

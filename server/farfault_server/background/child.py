@@ -20,11 +20,12 @@ from farfault_cli.runtime import keep_freed_memory
 from farfault_cli.tls import ServerTls
 
 from farfault_server.background.wire import LINE_BYTES_MAX, REPORT_INTERVAL_S, Message, pack, regions_from_json
+from farfault_server.express import ExpressListener
 from farfault_server.lanes.limits import LaneLimits
 from farfault_server.lanes.streams import Streams
 from farfault_server.leases.keeper import LeaseKeeper
 from farfault_server.leases.store import MemoryStore, book_from_json
-from farfault_server.listening import CHANNEL_OPTIONS, listen
+from farfault_server.listening import CHANNEL_OPTIONS, keep_fresh, listen
 from farfault_server.memory import ServedMemory
 from farfault_server.rpc.page_service import PageService, ServerStats
 from farfault_server.source_vm import VmOwner
@@ -61,21 +62,34 @@ class Child:
         )
         self._server = grpc.aio.server(options=list(CHANNEL_OPTIONS))
         self._server.add_generic_rpc_handlers((pages.background_handler(),))
-        tls = ServerTls(Path(first["tls"])) if first["tls"] else None
-        self.port = listen(self._server, first["host"], first["port"], tls)
+        self._host, self._wanted_express_port = first["host"], first["express_port"]
+        self._tls = ServerTls(Path(first["tls"])) if first["tls"] else None
+        self._express = ExpressListener(
+            self._keeper, LaneLimits.for_regions(regions), self._streams, self._stats.background
+        )
+        self.port = listen(self._server, first["host"], first["port"], self._tls)
 
     async def run(self, reader: asyncio.StreamReader) -> None:
         """Serves until the parent is gone."""
         await self._server.start()
-        self._say({"port": self.port})
-        report = asyncio.create_task(self._report(), name="report")
+        express_port = 0
+        if self._wanted_express_port is not None:
+            context = self._tls.ssl_context if self._tls is not None else None
+            await self._express.start(self._host, self._wanted_express_port, context)
+            express_port = self._express.port
+        self._say({"port": self.port, "express_port": express_port})
+        chores = [asyncio.create_task(self._report(), name="report")]
+        if self._tls is not None:
+            chores.append(asyncio.create_task(keep_fresh(self._tls), name="refresh TLS"))
         try:
             with contextlib.suppress(ConnectionResetError):  # the parent was killed in the middle of a message
                 while line := await reader.readline():
                     self._follow(json.loads(line))
         finally:
-            report.cancel()
+            for chore in chores:
+                chore.cancel()
             self._streams.end_all()
+            await self._express.stop()
             await self._server.stop(STREAMS_END_S)
 
     def _follow(self, message: Message) -> None:

@@ -43,6 +43,7 @@ class BackgroundProcess:
     Attributes:
         keeper: whose record the child follows.
         host, port: to listen on; 0: any, which stays the same over restarts.
+        express_port: likewise for frames without gRPC; None: not offered.
         tls: directory of the TLS files.
         log_level, json_logs: how the child logs.
         is_up: clients may connect to `port`.
@@ -54,6 +55,7 @@ class BackgroundProcess:
     keeper: LeaseKeeper
     host: str
     port: int = 0
+    express_port: int | None = None
     tls: Path | None = None
     log_level: str = "info"
     json_logs: bool = False
@@ -159,6 +161,7 @@ class BackgroundProcess:
                     "regions": regions_to_json(self.regions),
                     "host": self.host,
                     "port": self.port,
+                    "express_port": self.express_port,
                     "tls": str(self.tls) if self.tls is not None else None,
                     "log_level": self.log_level,
                     "json_logs": self.json_logs,
@@ -167,11 +170,12 @@ class BackgroundProcess:
             )
         )
         self._writer = writer  # changes from here on follow the first message
-        ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        ready: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         listening = asyncio.create_task(self._listen(reader, writer, ready), name="listen to background process")
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                self.port = await ready
+                self.port, express_port = await ready
+                self.express_port = express_port or None
         except TimeoutError:
             self._kill()
             raise FarfaultError("the background process did not start in time", "use --no-background-process") from None
@@ -179,7 +183,7 @@ class BackgroundProcess:
         return listening
 
     async def _listen(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: asyncio.Future[int]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: asyncio.Future[tuple[int, int]]
     ) -> None:
         try:
             while line := await reader.readline():
@@ -189,9 +193,9 @@ class BackgroundProcess:
         finally:
             self._forget(writer, ready)
 
-    def _hear(self, message: Message, ready: asyncio.Future[int]) -> None:
+    def _hear(self, message: Message, ready: asyncio.Future[tuple[int, int]]) -> None:
         if "port" in message and not ready.done():
-            ready.set_result(message["port"])
+            ready.set_result((message["port"], message["express_port"]))
         if "error" in message and not ready.done():
             problem, _, remedy = message["error"].partition("\n  remedy: ")
             ready.set_exception(FarfaultError(f"background process: {problem}", remedy))
@@ -204,7 +208,7 @@ class BackgroundProcess:
         if future is not None and not future.done():
             future.set_result(None)
 
-    def _forget(self, writer: asyncio.StreamWriter, ready: asyncio.Future[int]) -> None:
+    def _forget(self, writer: asyncio.StreamWriter, ready: asyncio.Future[tuple[int, int]]) -> None:
         """The child is gone: nobody waits for it any longer, and its counters are kept."""
         writer.close()
         self._writer = None

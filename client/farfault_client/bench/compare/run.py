@@ -105,7 +105,7 @@ def play(scenario: Scenario, mode: Mode) -> Run:
         FarfaultError: it could not be moved; with the last words of everybody.
     """
     folder = Path(tempfile.mkdtemp(prefix="farfault-bench-"))
-    ports = _free_ports(3)
+    ports = _free_ports(4)
     with Processes(folder) as processes, _network(scenario, ports) as address:
         scene = _scene(scenario, mode, folder, processes, ports, address)
         try:
@@ -129,7 +129,14 @@ def _scene(
         vcpus=scenario.vcpus,
         random=scenario.guest is GuestKind.RANDOM,
         fault_source=mode.fault_source,
-        serve_flags=("--express-port", str(ports[1]), "--background-port", str(ports[2])),
+        serve_flags=(
+            "--express-port",
+            str(ports[1]),
+            "--background-port",
+            str(ports[2]),
+            "--express-background-port",
+            str(ports[3]),
+        ),
         source_target=f"{address}:{ports[0]}",
     )
     scene = Scene(config, folder, processes, RAM_FOLDER)
