@@ -65,7 +65,7 @@ def play(plan: Plan) -> Result:
             except (FarfaultError, AssertionError) as error:
                 result.problem = str(error).splitlines()[0] if str(error) else repr(error)
                 result.logs = _logs(folder)
-        left = list(_left_behind(folder))
+        left = [command for _, command in processes_of(folder)]
         if left and not result.problem:
             result.outcome, result.problem = "FAILED", f"processes left behind: {left}"
     finally:
@@ -256,15 +256,16 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _left_behind(folder: Path) -> Iterator[str]:
-    """Command lines of processes that the run started and that still live."""
+def processes_of(folder: Path) -> Iterator[tuple[int, str]]:
+    """Process ids and command lines of what a run in this folder started and still lives."""
     mark = f"{RUN_MARK}={folder}".encode()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             if mark in (entry / "environ").read_bytes().split(b"\0"):
-                yield (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                yield int(entry.name), command
 
 
 def _logs(folder: Path) -> str:
