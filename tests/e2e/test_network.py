@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from conftest import MakeScene
 from farfault_client.demo.processes import farfault_argv
-from farfault_client.demo.scene import Scene, SceneConfig
+from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags
 from farfault_client.demo.vms import VmmKind
 from netsim_helpers import Proxy, free_ports
 from test_move import check_figures
@@ -76,19 +76,12 @@ def test_between_two_hosts_with_mutual_tls(two_hosts: tuple[str, str], make_scen
 
 @pytest.mark.parametrize("kind", [VmmKind.QEMU, VmmKind.REFERENCE], ids=lambda kind: kind.value)
 def test_with_a_round_trip_of_5_ms(kind: VmmKind, make_scene: MakeScene) -> None:
-    ports = free_ports(4)
+    ports = free_ports(PORTS)
     config = SceneConfig(
         kind,
         ram_bytes=64 * MIB,
         vcpus=2,
-        serve_flags=(
-            "--express-port",
-            str(ports[1]),
-            "--background-port",
-            str(ports[2]),
-            "--express-background-port",
-            str(ports[3]),
-        ),
+        serve_flags=port_flags(ports),
         source_target=f"127.0.0.2:{ports[0]}",
     )
     scene = make_scene(config)

@@ -14,7 +14,7 @@ from typing import Any, Self
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import FarfaultError
 from farfault_client.demo.processes import Processes, farfault_argv
-from farfault_client.demo.scene import Scene, SceneConfig, qmp_status
+from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags, qmp_status
 from farfault_client.migrate.follow import ReceiverClient
 from farfault_vmm.qmp import QmpVmm
 from netsim_helpers import PROXY_ADDRESS, Proxy, free_ports
@@ -38,15 +38,8 @@ class FaultyMove:
     """
 
     def __init__(self, config: SceneConfig, folder: Path, *, rtt_ms: float = 0, seed: int = 0) -> None:
-        self.ports = free_ports(4)
-        sides = (
-            "--express-port",
-            str(self.ports[1]),
-            "--background-port",
-            str(self.ports[2]),
-            "--express-background-port",
-            str(self.ports[3]),
-        )
+        self.ports = free_ports(PORTS)
+        sides = port_flags(self.ports)
         config = replace(
             config,
             serve_flags=(*config.serve_flags, *sides),

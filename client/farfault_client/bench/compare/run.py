@@ -27,7 +27,7 @@ from farfault_client.bench.compare.monitor import Monitor, MonitoredVm
 from farfault_client.bench.compare.native import LOOPBACK, start_native_move
 from farfault_client.bench.compare.scenario import GuestKind, Mode, Scenario
 from farfault_client.demo.processes import Processes
-from farfault_client.demo.scene import Scene, SceneConfig
+from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags
 from farfault_client.demo.vms import VmmKind
 from farfault_client.migrate.follow import ReceiverClient, verdict_of
 
@@ -105,7 +105,7 @@ def play(scenario: Scenario, mode: Mode) -> Run:
         FarfaultError: it could not be moved; with the last words of everybody.
     """
     folder = Path(tempfile.mkdtemp(prefix="farfault-bench-"))
-    ports = _free_ports(4)
+    ports = _free_ports(PORTS)
     with Processes(folder) as processes, _network(scenario, ports) as address:
         scene = _scene(scenario, mode, folder, processes, ports, address)
         try:
@@ -129,14 +129,7 @@ def _scene(
         vcpus=scenario.vcpus,
         random=scenario.guest is GuestKind.RANDOM,
         fault_source=mode.fault_source,
-        serve_flags=(
-            "--express-port",
-            str(ports[1]),
-            "--background-port",
-            str(ports[2]),
-            "--express-background-port",
-            str(ports[3]),
-        ),
+        serve_flags=port_flags(ports),
         source_target=f"{address}:{ports[0]}",
     )
     scene = Scene(config, folder, processes, RAM_FOLDER)
