@@ -40,6 +40,7 @@ class ExpressLane(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
+        self._needed = LENGTH.size  # bytes of `_received` before it is worth a look
         self._welcomed = False
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._welcome: asyncio.Future[None] = self._loop.create_future()
@@ -97,17 +98,21 @@ class ExpressLane(asyncio.Protocol):
         self._end(LaneLostError(f"express lane: {exc or 'the page server closed it'}"))
 
     def data_received(self, data: bytes) -> None:
-        if self._received or len(data) < LENGTH.size:
+        if self._received:
             self._received += data
+            if len(self._received) < self._needed:
+                return
             data = bytes(self._received)
             self._received.clear()
         position, end = 0, len(data)
+        self._needed = LENGTH.size
         while end - position >= LENGTH.size:
             (length,) = LENGTH.unpack_from(data, position)
             if length > self._frame_bytes_max:
                 self._end(BadAnswerError(f"a frame of {length} bytes, more than {self._frame_bytes_max}"))
                 return
             if end - position - LENGTH.size < length:
+                self._needed = LENGTH.size + length
                 break
             position += LENGTH.size
             self._frame(data[position : position + length])
