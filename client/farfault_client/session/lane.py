@@ -35,7 +35,8 @@ class LaneStats:
         answers: verified answers.
         bad_answers: answers that broke the contract.
         refusals: answers with refused ranges.
-        carrier: what carries the lane now: ``grpc``, ``express``, ``process``; empty while it is down.
+        carrier: what carries the lane now: ``grpc``, ``express``, ``process`` (gRPC in the bulk process),
+            ``express process``; empty while it is down.
     """
 
     connects: int = 0
