@@ -69,7 +69,10 @@ def default_state(attach: Path) -> Path:
     Args:
         attach: the receiver's socket; the same one finds the same record.
     """
-    runtime = "/run/farfault" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.geteuid() == 0:  # each record is synced, within the downtime too: no disk
+        runtime = "/run/farfault" if os.path.ismount("/run") else "/dev/shm/farfault"
+    else:
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if not runtime:
         raise UsageError("no XDG_RUNTIME_DIR for the record of the move", "name a folder with --state")
     where = xxhash.xxh32_hexdigest(os.fsencode(attach.absolute()))

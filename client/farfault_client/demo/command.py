@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import click
 from farfault_cli.errors import FarfaultError, UsageError, VerificationError
 
 from farfault_client.demo.processes import Processes
-from farfault_client.demo.scene import Scene, SceneConfig
+from farfault_client.demo.scene import Scene, SceneConfig, scene_folder
 from farfault_client.demo.vms import VmmKind
 from farfault_client.migrate.follow import progress_bar
 from farfault_client.options import FILE, SIZE
@@ -68,7 +67,7 @@ def demo(
         raise UsageError(f"--ram {ram_bytes} is not a multiple of 2 MiB from {GUEST_RAM_MIN_BYTES >> 20} MiB on")
     source = _fault_source(kind, fault_source)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the VMs end and their RAM is freed
-    folder = Path(tempfile.mkdtemp(prefix="farfault-demo-"))
+    folder = scene_folder("farfault-demo-")
     record = folder / "move.jsonl"
     config = SceneConfig(
         kind, ram_bytes=ram_bytes, vcpus=vcpus, fault_source=source, receive_flags=("--record", str(record))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,12 @@ from farfault_client.migrate.follow import ReceiverClient, verdict_of
 
 START_TIMEOUT_S = 60.0
 MOVE_TIMEOUT_S = 300.0
+
+
+def scene_folder(prefix: str) -> Path:
+    """A new folder for a scene, in memory where there is such a place: records are synced within the downtime."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=memory if memory.is_dir() else None))
 
 
 PORTS = 4

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from farfault_client.bench.compare.monitor import Monitor, MonitoredVm
 from farfault_client.bench.compare.native import LOOPBACK, start_native_move
 from farfault_client.bench.compare.scenario import GuestKind, Mode, Scenario
 from farfault_client.demo.processes import Processes
-from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags
+from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags, scene_folder
 from farfault_client.demo.vms import VmmKind
 from farfault_client.migrate.follow import ReceiverClient, verdict_of
 
@@ -104,7 +103,7 @@ def play(scenario: Scenario, mode: Mode) -> Run:
     Raises:
         FarfaultError: it could not be moved; with the last words of everybody.
     """
-    folder = Path(tempfile.mkdtemp(prefix="farfault-bench-"))
+    folder = scene_folder("farfault-bench-")
     ports = _free_ports(PORTS)
     with Processes(folder) as processes, _network(scenario, ports) as address:
         scene = _scene(scenario, mode, folder, processes, ports, address)
