@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,32 @@ def test_migrate_alone_is_killed(make_move: MakeMove) -> None:
     move.kill("migrate")
     again = move.migrate("--resume", "--json")
     assert again.returncode == 0, again.stderr
+    move.assert_moved()
+
+
+@pytest.mark.parametrize("name", ["qemu", "reference"])
+def test_destination_vmm_is_killed_in_postcopy(name: str, make_move: MakeMove) -> None:
+    """It owned the VM. The receiver says so, and the source, which is older, must not run again."""
+    move = make_move(name)
+    in_postcopy(move)
+    move.signal("destination", signal.SIGKILL)  # and nobody waits for it: it stays a zombie
+    assert move.processes.wait("receive", 60) == 5
+    assert "the destination VMM has exited" in move.processes.log("receive").read_text()
+    move.processes.end("serve")
+    assert qmp_status(move.scene.source.qmp) != "running"
+
+
+def test_destination_vmm_is_replaced_before_the_move(make_move: MakeMove) -> None:
+    move = make_move("reference")
+    move.start()
+    move.wait_attached()
+    move.kill("destination")
+    move.scene.destination.ram.unlink()
+    move.scene.start_destination()
+    move.wait_attached(times=2)
+    move.begin()
+    move.wait_postcopy()
+    move.tune(0)
     move.assert_moved()
 
 

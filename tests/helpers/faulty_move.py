@@ -25,6 +25,7 @@ SWITCHOVER_RTT_MS = 400
 SLOW_BYTES_PER_S = 3 << 20
 """A background so slow that the middle of a post-copy can be met."""
 STILL_POLLS = 30
+STANDS_STILL_S = 15.0
 
 
 class FaultyMove:
@@ -145,9 +146,17 @@ class FaultyMove:
         """Until the server's record says so."""
         self.processes.wait_until(lambda: self.server_phase() == phase, f"the VM is {phase}", WAIT_S)
 
+    def wait_attached(self, times: int = 1) -> None:
+        """Until a VMM has attached so often to this receiver."""
+        log = self.processes.log("receive")
+        attached = lambda: log.read_text().count(" attached, fault source") >= times  # noqa: E731
+        self.processes.wait_until(attached, "the VMM attaches", WAIT_S, "receive")
+
     def wait_postcopy(self) -> None:
         """Until the destination runs."""
         self.wait_step("running")
+        runs = (rpb.PHASE_POSTCOPY, rpb.PHASE_DONE)
+        self.processes.wait_until(lambda: self.status().phase in runs, "the destination runs", WAIT_S, "receive")
 
     def wait_settled(self, pages: int) -> None:
         """Until so many pages have been settled, or the move is over."""
@@ -187,11 +196,22 @@ class FaultyMove:
         scene = self.scene
         before = scene.counter(scene.source)
         self.processes.wait_until(lambda: scene.counter(scene.source) > before, "the source runs", WAIT_S, "source")
-        if self.is_alive("destination"):
-            assert qmp_status(scene.destination.qmp) != "running"
+        self.assert_stands_still("destination")
         if "serve" in self.processes.names():
             self.processes.end("serve")
         self.assert_right(scene.source)
+
+    def assert_stands_still(self, name: str) -> None:
+        """A VMM has ended, is about to, or does not run its VM."""
+        qmp = getattr(self.scene, name).qmp
+
+        def stands_still() -> bool:
+            try:
+                return not self.is_alive(name) or qmp_status(qmp) != "running"
+            except FarfaultError:
+                return False  # it ends just now
+
+        self.processes.wait_until(stands_still, f"the {name} VM stands still", STANDS_STILL_S)
 
     def assert_right(self, vm: Any) -> None:
         """Stops a VM; its guest and all of its RAM are right."""

@@ -111,6 +111,7 @@ class Receiver:
         self._moving: asyncio.Task[None] | None = None
         self._abort_asked = False
         self._vmm_exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._vmm_pidfd = -1
 
     # ---- beginning and end -----------------------------------------------------------------------
 
@@ -160,6 +161,7 @@ class Receiver:
         if self._destination is not None:
             await self._destination.close()
         self._removed.close()
+        self._forget_exit()
         await self.session.close()
         self.journal.unlock()
 
@@ -467,6 +469,7 @@ class Receiver:
             vmm.refuse(str(error))
             return
         self._vmm = vmm
+        self._watch_exit(vmm.pid)
         self._attached.set()
         logger.info("VMM with pid %d attached, fault source %s", vmm.pid, vmm.fault_source.value)
         self.progress.fault_source = vmm.fault_source.value
@@ -490,9 +493,33 @@ class Receiver:
         self._attached.clear()
         if self.progress.phase != rpb.PHASE_DONE:
             logger.warning("the VMM with pid %d detached", vmm.pid)
-        if not _is_alive(vmm.pid) and not self._vmm_exited.done():
-            self._vmm_exited.set_result(None)
         self._notify()
+
+    def _watch_exit(self, pid: int) -> None:
+        """Notices the end of the VMM's process, which losing its connection need not be.
+
+        A process that has ended and was not waited for yet still has its number: only a pidfd tells (pidfd_open(2)).
+        """
+        self._forget_exit()
+        if self._vmm_exited.done():
+            self._vmm_exited = asyncio.get_running_loop().create_future()
+        try:
+            self._vmm_pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            logger.warning("the end of the VMM with pid %d would go unnoticed: %s", pid, error.strerror)
+            return
+        asyncio.get_running_loop().add_reader(self._vmm_pidfd, self._on_exited)
+
+    def _on_exited(self) -> None:
+        self._forget_exit()
+        if not self._vmm_exited.done():
+            self._vmm_exited.set_result(None)
+
+    def _forget_exit(self) -> None:
+        if self._vmm_pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._vmm_pidfd)
+            os.close(self._vmm_pidfd)
+            self._vmm_pidfd = -1
 
     def _connection_changed(self, connected: bool) -> None:
         if connected:
@@ -516,16 +543,6 @@ def _wrong(problem: str) -> VerificationError:
         "do not trust this VM; keep the RAM files and the logs of both sides: the page server still holds the memory "
         "as it was at the switchover",
     )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def told_to_end(receiver: Receiver) -> FarfaultError:
