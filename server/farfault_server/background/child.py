@@ -15,6 +15,7 @@ from typing import Any, Final
 import grpc.aio
 import uvloop
 from farfault_cli.errors import FarfaultError
+from farfault_cli.helper_process import end_with_parent
 from farfault_cli.logs import configure_logging
 from farfault_cli.runtime import keep_freed_memory
 from farfault_cli.tls import ServerTls
@@ -125,6 +126,7 @@ async def run(descriptor: int) -> None:
 
 def main() -> None:
     """The parent alone decides when the child ends."""
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
