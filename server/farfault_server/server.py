@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 DRAIN_S: Final = 2.0
 """Calls that are under way when the server ends may go on for this long."""
 WATCH_INTERVAL_S: Final = 1.0
-"""How often the VM, which should stand still, is looked at."""
+"""How often the VM, which should stand still, is looked at; at once where its VMM tells of a start."""
 SERVICES: Final = ("farfault.v1.PageService", "farfault.v1.SourceService")
 
 
@@ -211,7 +211,7 @@ class PageServer:
 
     async def _watch_vm(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
+            await self.owner.wait_started(WATCH_INTERVAL_S)
             try:
                 await self.owner.check_stopped()
             except FarfaultError as error:

@@ -31,6 +31,10 @@ class SourceVmm(Protocol):
     """Control of a VMM; `farfault_vmm.qmp.QmpVmm` is one."""
 
     stopped_unix_us: int | None
+    started_unix_us: int
+
+    async def wait_started(self) -> None:
+        """Returns when the vCPUs have started since the last call, whoever started them."""
 
     async def describe(self) -> VmDescription:
         """What the VM is."""
@@ -59,9 +63,13 @@ class GoneVmm:
     """
 
     stopped_unix_us: int | None = None
+    started_unix_us = 0
 
     def __init__(self, error: FarfaultError) -> None:
         self._error = error
+
+    async def wait_started(self) -> None:
+        await asyncio.Event().wait()
 
     async def describe(self) -> VmDescription:
         raise self._error
@@ -96,6 +104,8 @@ class VmOwner:
         self._keeper = keeper
         self._lock = asyncio.Lock()
         self._answers = True
+        self._known_start_unix_us = 0
+        self._is_known_to_run = False
 
     async def close(self) -> None:
         """Ends the control of the VMM, after a step that is under way."""
@@ -228,15 +238,35 @@ class VmOwner:
         if self._vmm is None or not self._keeper.book.is_stopped or self._lock.locked():
             return
         async with self._lock:
-            if self._keeper.book.is_stopped and await self._runs(self._vmm):
+            if not self._keeper.book.is_stopped:
+                return
+            runs, was_known = await self._runs(self._vmm), self._is_known_to_run
+            self._is_known_to_run = runs
+            if runs and not was_known:  # its memory stays of no generation as long as it runs
                 await self._found_running()
+
+    async def wait_started(self, timeout_s: float) -> None:
+        """Returns when somebody starts the VM, at the latest after the timeout."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.vmm.wait_started()
+        except TimeoutError:
+            return
 
     async def _found_running(self) -> None:
         logger.error("the source VM runs although it was stopped for a move: its pages are of a new generation")
         await self._step(Step.FOUND_RUNNING)
 
     async def _runs(self, vmm: SourceVmm) -> bool:
-        """A VMM that does not answer any more does not run its VM."""
+        """Whether the VM runs, or has run since we stopped it or were last told so.
+
+        A VMM that does not answer any more does not run its VM.
+        """
+        started_unix_us = vmm.started_unix_us
+        if vmm.stopped_unix_us is not None and started_unix_us > max(vmm.stopped_unix_us, self._known_start_unix_us):
+            self._known_start_unix_us = started_unix_us
+            self._is_known_to_run = False
+            return True
         try:
             is_running = await vmm.status() == RUNNING
         except FarfaultError as error:

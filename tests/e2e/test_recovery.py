@@ -174,7 +174,8 @@ def test_destination_vmm_is_replaced_before_the_move(make_move: MakeMove) -> Non
     move.assert_moved()
 
 
-def test_source_is_resumed_by_mistake(make_move: MakeMove) -> None:
+@pytest.mark.parametrize("for_a_moment", [False, True])
+def test_source_is_resumed_by_mistake(for_a_moment: bool, make_move: MakeMove) -> None:
     move = make_move("qemu")
     scene = move.scene
     second_qmp = scene.folder / "second.qmp"  # QEMU serves one client on each socket
@@ -186,7 +187,7 @@ def test_source_is_resumed_by_mistake(make_move: MakeMove) -> None:
     scene.start_receiver()
     move.begin()
     move.wait_postcopy()
-    continue_vm(second_qmp)
+    continue_vm(second_qmp, for_a_moment=for_a_moment)
     is_told = lambda: "generation" in move.status().error  # noqa: E731
     move.processes.wait_until(is_told, "the receiver says that the memory has changed", 30)
     settled = move.settled_pages()

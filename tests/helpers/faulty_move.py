@@ -225,12 +225,14 @@ class FaultyMove:
         return name in self.processes.names() and self.processes.is_running(name)
 
 
-def continue_vm(qmp: Path) -> None:
-    """Somebody's mistake: lets a VM run behind our back."""
+def continue_vm(qmp: Path, *, for_a_moment: bool = False) -> None:
+    """Lets a VM run behind our back, and perhaps stops it at once."""
 
     async def run() -> None:
         async with await QmpVmm.connect(qmp) as vmm:
             await vmm.cont()
+            if for_a_moment:
+                await vmm.stop()
 
     asyncio.run(run())
 

@@ -47,9 +47,15 @@ class FakeVmm:
         self.fails = fails
         self.is_running = True
         self.stopped_unix_us: int | None = None
+        self.started_unix_us = 0
+        self.started = asyncio.Event()
         self.starts = 0
         self.record: RecordingStore | None = None
         self.resume_fails = False
+
+    async def wait_started(self) -> None:
+        await self.started.wait()
+        self.started.clear()
 
     async def describe(self) -> VmDescription:
         return DESCRIPTION
@@ -297,6 +303,20 @@ async def test_a_vm_resumed_past_the_server_is_noticed(ram, vmm, store):
         await eventually(lambda: server.keeper.memory.generation != last.generation)
         assert server.keeper.book.phase is Phase.HANDED_OVER
         assert vmm.starts == 0
+
+
+async def test_a_vm_that_ran_for_a_moment_past_the_server_is_noticed(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client)
+        await hand_over(client, last.generation)
+        vmm.started_unix_us = vmm.stopped_unix_us + 1  # and it stands still again
+        vmm.started.set()
+        await eventually(lambda: server.keeper.memory.generation != last.generation)
+        generation = server.keeper.memory.generation
+        vmm.started.set()
+        await eventually(lambda: not vmm.started.is_set())
+        assert server.keeper.memory.generation == generation, "the same start was counted twice"
 
 
 async def test_express_follows_the_state_of_the_vm(ram, vmm, store):

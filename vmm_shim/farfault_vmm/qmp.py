@@ -75,11 +75,15 @@ class QmpVmm:
 
     Attributes:
         stopped_unix_us: when the VM stopped, by its host's clock; None before `suspend` has stopped it.
+        started_unix_us: when its vCPUs started last, whoever started them, by the same clock; 0: not since `connect`.
     """
 
     def __init__(self, connection: QmpConnection) -> None:
         self.stopped_unix_us: int | None = None
+        self.started_unix_us = 0
+        self._started = asyncio.Event()
         self._connection = connection
+        self._watcher = asyncio.create_task(self._watch_starts(), name="watch starts of the VM")
 
     @classmethod
     async def connect(cls, path: str | os.PathLike[str], timeout_s: float = CONNECT_TIMEOUT_S) -> QmpVmm:
@@ -100,11 +104,23 @@ class QmpVmm:
 
     async def close(self) -> None:
         """Ends the connection; the VM stays as it is. Idempotent."""
+        self._watcher.cancel()
         await self._connection.close()
 
     async def wait_closed(self) -> None:
         """Returns when the connection is gone: the VMM has ended, or `close` was called."""
         await self._connection.wait_lost()
+
+    async def wait_started(self) -> None:
+        """Returns when the vCPUs have started since the last call, whoever started them."""
+        await self._started.wait()
+        self._started.clear()
+
+    async def _watch_starts(self) -> None:
+        with self._connection.events("RESUME") as events:
+            while True:
+                self.started_unix_us = Event.of_message(await events.get()).unix_us
+                self._started.set()
 
     # ---- both sides ------------------------------------------------------------------------------
 
