@@ -25,6 +25,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS / "chaos"), str(TESTS / "helpers")]
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # before gRPC is loaded: children are forked while it runs
 
 import click  # noqa: E402
 from chaos_plan import kinds  # noqa: E402

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.e2e
 
 MIB = 1 << 20
 SLOW = ("--bandwidth", str(SLOW_BYTES_PER_S))
+ABORT_RTT_MS = 8000
+"""The device state is under way until a command has started and asked for the abort."""
 SETTLED_PAGES = 5000
 """Most of 32 MiB: what is left when a part is killed is met by faults and by the background alike."""
 
@@ -307,6 +309,7 @@ def test_page_server_is_killed_around_the_point_of_no_return(make_move: MakeMove
 def test_abort_before_the_point_of_no_return(name: str, make_move: MakeMove) -> None:
     move = make_move(name, rtt_ms=SWITCHOVER_RTT_MS)
     in_switchover(move, "suspending")
+    move.proxy.tell(f"rtt-ms {ABORT_RTT_MS}")
     result = move.migrate("--abort")
     assert result.returncode == 0, result.stderr
     assert "aborted: the source VM runs as before" in result.stderr
