@@ -9,7 +9,7 @@ SHRINK_S: Final = 0.005
 """At most once in this time the window shrinks for a fault."""
 QUEUE_S: Final = 0.002
 """Round trips may be longer than the shortest one by this much, or by a quarter, while the window still grows."""
-PACE_S: Final = 0.0005
+PACE_S: Final = 0.00025
 """While threads wait, one background batch is sent in this time: the lane's guaranteed share."""
 EPOCH_S: Final = 2.0
 """The shortest round trip is measured anew after this time, with the queue drained first: ways change."""

@@ -65,6 +65,7 @@ class Move:
         self._journal = journal
         self._on_frozen = on_frozen
         self.downtime_s = 0.0
+        self._marks: list[tuple[str, float]] = []
 
     async def run(self) -> None:
         """Suspend, load, hand over, run. When it returns the destination runs.
@@ -80,6 +81,7 @@ class Move:
             await self._destination.load(self._source.suspend(self._frozen))
         except (FarfaultError, asyncio.CancelledError) as error:
             await self.roll_back(error)
+        self._mark("device state")
         self._journal.write_generation(Step.HANDING_OVER, self._session.key.generation)
         await self.finish()
 
@@ -90,10 +92,13 @@ class Move:
             await self._source.hand_over(self._session.key.generation)
         except FarfaultError as error:
             await self.roll_back(error)
+        self._mark("hand-over")
         self._journal.step(Step.RUNNING)
         await self._destination.cont()
+        self._mark("start")
         if self._source.stopped_at:
             self.downtime_s = time.monotonic() - self._source.stopped_at
+            logger.info("the VM runs here; downtime %.1f ms: %s", self.downtime_s * 1e3, self._parts())
 
     async def roll_back(self, cause: BaseException) -> None:
         """Brings the source back; always raises.
@@ -111,6 +116,17 @@ class Move:
             raise FarfaultError(f"{reason}; and the source VM stays stopped: {error.problem}", error.remedy) from cause
         self._journal.step(Step.ROLLED_BACK)
         raise RolledBackError(f"{reason}; the source VM runs as before", remedy) from cause
+
+    def _mark(self, part: str) -> None:
+        """A part of the downtime is over."""
+        self._marks.append((part, time.monotonic()))
+
+    def _parts(self) -> str:
+        began, parts = self._source.stopped_at, []
+        for part, ended in self._marks:
+            parts.append(f"{part} {(ended - began) * 1e3:.1f}")
+            began = ended
+        return ", ".join(parts)
 
     def _frozen(self, generation: int) -> None:
         self._session.expect_generation(generation)

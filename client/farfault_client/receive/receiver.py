@@ -222,7 +222,6 @@ class Receiver:
         finally:
             self._moving = None
         self.progress.downtime_ms = move.downtime_s * 1e3
-        logger.info("the VM runs here; downtime %.1f ms", self.progress.downtime_ms)
         await self._stream()
 
     async def serve_memory(self) -> None:
