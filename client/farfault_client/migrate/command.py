@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -25,6 +25,8 @@ from farfault_client.receive.journal import Journal
 from farfault_client.receive.summary import summary_of
 
 RECEIVER_START_TIMEOUT_S = 30.0
+CONTROL_NAME = "control"
+UNIX_PATH_BYTES_MAX = 107
 RECEIVER_POLL_S = 0.02
 RECEIVER_END_TIMEOUT_S = 5.0
 
@@ -89,8 +91,15 @@ def migrate(
                 "neither --control nor --source, --attach and --qmp were given", "see `farfault migrate --help`"
             )
         state = state or default_state(attach)
-        if abort:
-            raise UsageError("--abort needs --control", "name the control socket of the receiver that moves the VM")
+        running = running_receiver(state)
+        if abort and running is None:
+            raise UsageError(
+                f"no receiver works on a move in {state}",
+                "name its folder with --state, or its control socket with --control",
+            )
+        if running is not None:
+            figures = asyncio.run(_act(running, check=check, abort=abort, watch=resume, tune=bandwidth, quiet=as_json))
+            return _tell(figures, as_json=as_json)
         if resume and Journal(state).record is None:
             raise UsageError(f"no move to take up: {state} holds no record", "name its folder with --state")
         arguments = ["--source", source, "--attach", str(attach), "--qmp", str(qmp), "--state", str(state)]
@@ -102,44 +111,62 @@ def migrate(
         arguments += ["--bandwidth", str(bandwidth)] if bandwidth else []
         arguments += ["--verify"] if verify else []
         arguments += ["--log-level", log_level] + (["--json-logs"] if json_logs else [])
-        with started_receiver(arguments, ends_with_us=check) as own_control:
+        with started_receiver(state, arguments, ends_with_us=check) as own_control:
             figures = asyncio.run(_act(own_control, check=check, watch=resume, quiet=as_json))
+    _tell(figures, as_json=as_json)
+
+
+def _tell(figures: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(figures))
     elif figures:
         click.echo(_sentence(figures))
 
 
+def running_receiver(state: Path) -> Path | None:
+    """The control socket of a receiver that an earlier `farfault migrate` started and that still works; else None."""
+    control = state / CONTROL_NAME
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(control))
+        except OSError:
+            control.unlink(missing_ok=True)  # left by one that was killed
+            return None
+    return control
+
+
 @contextmanager
-def started_receiver(arguments: list[str], *, ends_with_us: bool = False) -> Iterator[Path]:
+def started_receiver(state: Path, arguments: list[str], *, ends_with_us: bool = False) -> Iterator[Path]:
     """Runs `farfault receive` in a session of its own, so that it outlives us; gives its control socket.
 
     Args:
+        state: its folder; the control socket lies there, where the next `farfault migrate` finds it.
         arguments: of the command.
         ends_with_us: nothing was moved: the receiver is told to end, and gives its lease back.
 
     Raises:
         FarfaultError: it ended before it listened; with its own words and exit code on standard error.
     """
-    with tempfile.TemporaryDirectory(prefix="farfault-") as folder:
-        control = Path(folder) / "control"
-        command = [sys.executable, "-m", "farfault_cli", "receive", *arguments, "--control", str(control), "--json"]
-        receiver = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
-            _wait_for(control, receiver)
-            yield control
-            if ends_with_us:
-                receiver.terminate()
-            receiver.wait(RECEIVER_START_TIMEOUT_S)
-        except KeyboardInterrupt:
-            raise  # the move goes on
-        except UnreachableError:
-            if code := _exit_code(receiver, at_once=False):
-                sys.exit(code)  # it ended before it could be asked, and has said why on standard error
-            raise
-        except BaseException:
-            _exit_code(receiver, at_once=ends_with_us)
-            raise
+    control = state / CONTROL_NAME
+    if len(os.fsencode(control)) > UNIX_PATH_BYTES_MAX:
+        raise UsageError(f"{control} is too long for a socket", "name a shorter folder with --state")
+    command = [sys.executable, "-m", "farfault_cli", "receive", *arguments, "--control", str(control), "--json"]
+    receiver = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        _wait_for(control, receiver)
+        yield control
+        if ends_with_us:
+            receiver.terminate()
+        receiver.wait(RECEIVER_START_TIMEOUT_S)
+    except KeyboardInterrupt:
+        raise  # the move goes on
+    except UnreachableError:
+        if code := _exit_code(receiver, at_once=False):
+            sys.exit(code)  # it ended before it could be asked, and has said why on standard error
+        raise
+    except BaseException:
+        _exit_code(receiver, at_once=ends_with_us)
+        raise
 
 
 def _wait_for(control: Path, receiver: subprocess.Popen[bytes]) -> None:

@@ -214,7 +214,7 @@ class Session:
                 logger.warning("%s", error.problem)
             except FarfaultError as error:
                 if self._refusal is None or self._refusal.problem != error.problem:
-                    logger.error("%s; the guest waits", error)
+                    logger.error("%s; faults wait", error)
                 self._refusal = error
             except Exception:  # a bug of ours must not leave a guest waiting for a lane that nobody keeps
                 logger.exception("%s lane failed; it is connected again", lane.value)
@@ -323,7 +323,7 @@ class Session:
             self._bad_in_a_row, self._answers_at_bad = 0, self._answers
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_ANSWERS_MAX + 1:
-            logger.error("%s; the guest waits", self.error)
+            logger.error("%s; faults wait", self.error)
 
     def _changed(self, lane: Lane) -> None:
         if lane is Lane.DEMAND:
