@@ -164,7 +164,7 @@ class VmOwner:
         async with aclosing(vmm.suspend()) as chunks:  # type: ignore[type-var]
             async for data in chunks:
                 if not size_bytes:
-                    await self._keeper.mark_stopped()
+                    self._keeper.mark_stopped()
                 hashed.update(data)
                 size_bytes += len(data)
                 if size_bytes > DEVICE_STATE_BYTES_MAX:

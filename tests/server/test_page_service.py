@@ -457,6 +457,21 @@ async def test_background_process(ram):
             assert code is grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_bulk_without_grpc_comes_from_the_background_process(ram):
+    async with serving(ram, background_port=0, express_background_port=0) as server, connected(server.port) as client:
+        opened = await client.open()
+        express = await Express.connect(client.lane(pb.LANE_KIND_EXPRESS_BACKGROUND))
+        assert (await express.hello(opened.lease_id, opened.token)).code == 0
+        express.send(request(1, (0, 0, len(PAGES))))
+        assert await collect(express.batch, {1}) == PAGES
+        await client.pages.Release(pb.ReleaseRequest(), metadata=client.metadata, timeout=TIMEOUT_S)
+        assert await express.ended(), "its lease is gone"
+        express.close()
+        refused_one = await Express.connect(client.lane(pb.LANE_KIND_EXPRESS_BACKGROUND))
+        assert (await refused_one.hello(opened.lease_id, opened.token)).code != 0
+        refused_one.close()
+
+
 async def test_background_process_that_dies_is_started_again(ram):
     async with serving(ram, background_port=0) as server, connected(server.port) as client:
         opened = await client.open()

@@ -66,7 +66,11 @@ def ram(tmp_path):
 async def test_sigterm_ends_streams_and_exits_0(ram, tmp_path):
     async with served(tmp_path, "--ram", ram) as server, connected(server.port) as client:
         opened = await client.open()
-        assert {lane.kind for lane in opened.lanes} == {pb.LANE_KIND_EXPRESS, pb.LANE_KIND_BACKGROUND}
+        assert {lane.kind for lane in opened.lanes} == {
+            pb.LANE_KIND_EXPRESS,
+            pb.LANE_KIND_BACKGROUND,
+            pb.LANE_KIND_EXPRESS_BACKGROUND,
+        }
         assert await client.fetch((0, 0, 64)) == PAGES
         stream = client.stream()
         await stream.write(pb.FetchRequest(request_id=1))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from farfault_server.leases.book import Lease, LeaseBook
 from farfault_server.leases.refusals import Code, RefusedError
@@ -30,13 +30,14 @@ class LeaseKeeper:
     def __init__(self, book: LeaseBook, store: Store, memory: ServedMemory) -> None:
         self.book = book
         self.memory = memory
-        self.publish: Callable[[], Awaitable[None]] = _nobody
-        """Called after each change; returns when every other process of the server knows it."""
+        self.publish: Callable[[], Coroutine[Any, Any, None]] = _nobody
+        """Tells every other process of the server of a change; returns when they know."""
         self.lease_ended: Callable[[str], None] = _ignore
         """Called with the id of a lease that is no longer there."""
         self._store = store
         self._lock = asyncio.Lock()
         self._seen_s: dict[str, float] = {}
+        self._telling: set[asyncio.Task[None]] = set()
         memory.readable = book.is_stopped
         memory.generation = book.generation
 
@@ -86,9 +87,27 @@ class LeaseKeeper:
                     f"the page server cannot save its lease record: {error.strerror}",
                     "make room in, or repair, the file system of its --state directory",
                 ) from error
+            takes_away = self._takes_away(book)
             self.adopt(book, readable=book.is_stopped)
-            await self.publish()
+            telling = self._tell()
+            if takes_away:
+                await telling
             return result
+
+    def _takes_away(self, book: LeaseBook) -> bool:
+        """Whether something that was allowed no longer is: then nobody may go on under the old record."""
+        return (
+            bool(self.book.leases.keys() - book.leases.keys())
+            or book.generation != self.book.generation
+            or (self.memory.readable and not book.is_stopped)
+        )
+
+    def _tell(self) -> asyncio.Task[None]:
+        """Other processes learn of the record in the order of its changes; nobody has to wait for more rights."""
+        telling: asyncio.Task[None] = asyncio.ensure_future(self.publish())
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+        return telling
 
     def adopt(self, book: LeaseBook, *, readable: bool) -> None:
         """Takes a record that is durable already; `change` does so, and so does another process of the server."""
@@ -100,10 +119,10 @@ class LeaseKeeper:
             self._seen_s.pop(lease_id, None)
             self.lease_ended(lease_id)
 
-    async def mark_stopped(self) -> None:
+    def mark_stopped(self) -> None:
         """The VM that is being suspended has stopped: its memory may be read from now on."""
         self.memory.readable = True
-        await self.publish()
+        self._tell()
 
 
 async def _nobody() -> None:
