@@ -112,6 +112,19 @@ async def test_an_oversize_request_ends_only_its_stream(ram):
         assert await client.fetch((0, 1, 1)) == [PAGES[1]]
 
 
+@pytest.mark.parametrize("name", ["Open", "Complete", "Digest", "Release"])
+async def test_nonsense_in_a_unary_call_is_an_invalid_argument(ram, name):
+    async with serving(ram) as server, connected(server.port) as client:
+        await client.open()
+        raw = client.channel.unary_unary(f"/farfault.v1.PageService/{name}")
+        code, message = await refused(raw(b"\xff\xff\xff", metadata=client.metadata, timeout=TIMEOUT_S))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert message == f"the message is no {name}Request"
+        suspend = client.channel.unary_stream("/farfault.v1.SourceService/Suspend")
+        call = suspend(b"\xff\xff\xff", metadata=client.metadata, timeout=TIMEOUT_S)
+        assert (await refused(call.read()))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_who_may_not(ram):
     async with serving(ram) as server, connected(server.port) as client:
         opened = await client.open()

@@ -10,8 +10,9 @@ from typing import Any, Final, NoReturn, TypeVar
 import grpc
 import grpc.aio
 from farfault_cli.errors import FarfaultError
+from google.protobuf.message import DecodeError, Message
 
-from farfault_server.leases.refusals import RefusedError
+from farfault_server.leases.refusals import Code, RefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ STATUS_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
+Request = TypeVar("Request", bound=Message)
 
 
 def credentials(context: Context) -> tuple[str | None, str | None]:
@@ -38,6 +40,18 @@ async def abort(context: Context, error: FarfaultError) -> NoReturn:
     code = STATUS_CODES[error.code] if isinstance(error, RefusedError) else grpc.StatusCode.INTERNAL
     await context.abort(code, str(error))
     raise AssertionError("abort raises")
+
+
+def parse(request_type: type[Request], message: bytes) -> Request:
+    """The request of a unary call. Left to gRPC, nonsense would be UNKNOWN and a traceback in the log.
+
+    Raises:
+        RefusedError: INVALID_ARGUMENT, it is no such message.
+    """
+    try:
+        return request_type.FromString(message)
+    except DecodeError:
+        raise RefusedError(Code.INVALID_ARGUMENT, f"the message is no {request_type.__name__}") from None
 
 
 def with_refusals(

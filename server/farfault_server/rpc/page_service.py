@@ -26,7 +26,7 @@ from farfault_server.leases.keeper import LeaseKeeper
 from farfault_server.leases.phases import VM_STATES, Phase, Step
 from farfault_server.leases.refusals import Code, RefusedError
 from farfault_server.memory import PageRegion, ServedMemory
-from farfault_server.rpc.calls import Context, abort, credentials, with_refusals
+from farfault_server.rpc.calls import Context, abort, credentials, parse, with_refusals
 from farfault_server.rpc.page_stream import PageStream
 from farfault_server.rpc.rate import OpenRate
 from farfault_server.source_vm import VmOwner
@@ -284,8 +284,14 @@ def regions_to_proto(regions: Sequence[PageRegion]) -> list[pb.Region]:
 
 def unary(handler, request_type):  # type: ignore[no-untyped-def]
     """A gRPC handler of a unary call with generated messages."""
+
+    async def handle(message, context):  # type: ignore[no-untyped-def]
+        try:
+            request = parse(request_type, message)
+        except RefusedError as error:
+            await abort(context, error)
+        return await handler(request, context)
+
     return grpc.unary_unary_rpc_method_handler(
-        handler,
-        request_deserializer=request_type.FromString,
-        response_serializer=lambda response: response.SerializeToString(),
+        handle, response_serializer=lambda response: response.SerializeToString()
     )

@@ -11,7 +11,7 @@ from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import FarfaultError
 
 from farfault_server.leases.keeper import LeaseKeeper
-from farfault_server.rpc.calls import Context, abort, credentials, with_refusals
+from farfault_server.rpc.calls import Context, abort, credentials, parse, with_refusals
 from farfault_server.rpc.page_service import unary
 from farfault_server.source_vm import VmOwner
 
@@ -33,7 +33,6 @@ class SourceService:
                 "DescribeVm": unary(self.describe_vm, pb.DescribeVmRequest),
                 "Suspend": grpc.unary_stream_rpc_method_handler(
                     self.suspend,
-                    request_deserializer=pb.SuspendRequest.FromString,
                     response_serializer=lambda chunk: chunk.SerializeToString(),
                 ),
                 "HandOver": unary(self.hand_over, pb.HandOverRequest),
@@ -46,9 +45,10 @@ class SourceService:
         self.keeper.authorize(*credentials(context))
         return pb.DescribeVmResponse(description=(await self.owner.describe()).to_proto())
 
-    async def suspend(self, _request: pb.SuspendRequest, context: Context) -> None:
+    async def suspend(self, message: bytes, context: Context) -> None:
         """Writes the chunks itself: a write that fails, or a client that leaves, ends the generator early."""
         try:
+            parse(pb.SuspendRequest, message)
             lease = self.keeper.authorize(*credentials(context))
             async with aclosing(self.owner.suspend(lease)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
