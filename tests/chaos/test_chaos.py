@@ -7,11 +7,17 @@ from dataclasses import replace
 import pytest
 import soak
 from chaos_plan import kinds, make_plan
-from chaos_run import play
+from chaos_run import RUN_MARK, play
 
 pytestmark = pytest.mark.e2e
 
 SEEDS = range(1001, 1013)
+
+
+@pytest.fixture(autouse=True)
+def no_mark_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run marks its children through the environment, which is not the next test's."""
+    monkeypatch.setenv(RUN_MARK, "none")
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -31,7 +31,8 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "farfault.rules.yml"
 DASHBOARD = DEPLOY / "grafana" / "farfault.json"
 PROMETHEUS_TIMEOUT_S = 30.0
-RAM_BYTES = {VmmKind.QEMU: 128 << 20, VmmKind.REFERENCE: 128 << 20, VmmKind.SIMULATED: 32 << 20}
+RAM_BYTES = {VmmKind.QEMU: 512 << 20, VmmKind.REFERENCE: 512 << 20, VmmKind.SIMULATED: 32 << 20}
+"""So much that the guest, whose faults no cap holds back, does not fetch all of it before the background does."""
 MOVE_S = 14
 """The background is capped so that the move takes about this long: Prometheus needs time to scrape it."""
 SLOW_FAULT_S = 0.002
