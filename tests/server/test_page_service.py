@@ -14,6 +14,8 @@ from farfault_cli.certs import make_certificates
 from farfault_cli.errors import FarfaultError, UsageError
 from farfault_cli.tls import channel_credentials, client_ssl_context
 from farfault_server.background import process as process_module
+from farfault_server.express.connection import BATCHES_PER_TURN_MAX
+from farfault_server.lanes.limits import REQUEST_BYTES_MAX
 from farfault_server.lanes.streams import STREAMS_PER_LEASE_MAX
 from farfault_server.leases.store import DirectoryStore
 from farfault_server.memory.synthetic_region import SyntheticRegion
@@ -364,12 +366,30 @@ async def test_express_byte_by_byte(ram):
             express.writer.write(bytes([byte]))
             await express.writer.drain()
         assert pages_of(await express.batch()) == [PAGES[1]]
-        long = request(2, *[(0, 1, 1)] * 20_000)  # a frame longer than the buffer at the start
-        assert len(long.SerializeToString()) > 64 << 10
+        long = request(2, *[(0, 1, 1)] * 10_000)  # about the longest
+        assert REQUEST_BYTES_MAX - 10_000 < len(long.SerializeToString()) <= REQUEST_BYTES_MAX
         express.send(long)
         pages = await collect(express.batch, {2})
         assert pages.count(PAGES[1]) == 4096
-        assert pages.count("REJECTED") == 20_000 - 4096
+        assert pages.count("REJECTED") == 10_000 - 4096
+        express.send(request(3, *[(0, 1, 1)] * 20_000))
+        assert await express.ended()
+        express.close()
+
+
+async def test_express_turns(tmp_path):
+    """Zero pages cost the server time and its answers no room: others have their turn between them all the same."""
+    zeros = write_ram(tmp_path / "zeros.ram", [bytes(PAGE)] * 4096)
+    async with serving(zeros) as server, connected(server.port) as client:
+        opened = await client.open()
+        express = await Express.connect(client.lane(pb.LANE_KIND_EXPRESS))
+        await express.hello(opened.lease_id, opened.token)
+        stats = server.stats.express
+        express.send(*(request(number, (0, 0, 4096)) for number in range(32)))
+        while stats.batches == 0:  # noqa: ASYNC110 - each turn of the loop counts
+            await asyncio.sleep(0)
+        assert stats.batches <= 2 * BATCHES_PER_TURN_MAX
+        assert len(await collect(express.batch, set(range(32)))) == 32 * 4096
         express.close()
 
 

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from farfault_server.express.frames import LENGTH, FrameBuffer, FrameTooLongError
 from farfault_server.lanes.answering import Answering
+from farfault_server.lanes.limits import REQUEST_BYTES_MAX
 from farfault_server.leases.book import PROTOCOL_VERSION
 from farfault_server.leases.refusals import Code, RefusedError
 
@@ -24,6 +25,8 @@ HELLO_TIMEOUT_S: Final = 5.0
 """A connection that has not said hello by then is closed."""
 WRITE_BYTES_HIGH: Final = 1 << 20
 """Answers that the client does not take pile up to this, and a batch; then its requests wait."""
+BATCHES_PER_TURN_MAX: Final = 4
+"""Answers that one connection gets before others have their turn: answers of zero pages take time but no room."""
 PEER_SILENCE_S: Final = 15
 """A client whose host does not acknowledge anything for this long is gone."""
 KEEPALIVE_S: Final = 5
@@ -38,13 +41,14 @@ class ExpressConnection(asyncio.BufferedProtocol):
 
     def __init__(self, listener: ExpressListener) -> None:
         self._listener = listener
-        self._frames = FrameBuffer(listener.limits.max_frame_bytes)
+        self._frames = FrameBuffer(REQUEST_BYTES_MAX)
         self._transport: asyncio.Transport | None = None
         self._core: Answering | None = None
         self._lease_id = ""
         self._hello_timer: asyncio.TimerHandle | None = None
         self._is_writable = True
         self._is_reading = True
+        self._has_next_turn = False
 
     # ---- asyncio.BufferedProtocol ----------------------------------------------------------------
 
@@ -97,14 +101,19 @@ class ExpressConnection(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def _consume(self) -> None:
-        """Takes all requests that have come, then answers all: what came together travels together."""
-        while True:
-            self._parse()
-            self._answer()
-            core = self._core
-            if core is None or not core.line.is_full or not self._is_writable:
-                break
+        """Takes all requests that have come, then answers a turn of them: what came together travels together."""
+        self._parse()
+        self._answer()
+        core = self._core
+        if core is not None and core.line and self._is_writable and not self._has_next_turn:
+            self._has_next_turn = True
+            asyncio.get_running_loop().call_soon(self._take_turn)
         self._set_reading(core is None or not core.line.is_full)
+
+    def _take_turn(self) -> None:
+        self._has_next_turn = False
+        if self._transport is not None and not self._transport.is_closing():
+            self.buffer_updated(0)
 
     def _parse(self) -> None:
         core = self._core
@@ -123,7 +132,9 @@ class ExpressConnection(asyncio.BufferedProtocol):
         core, transport = self._core, self._transport
         if core is None or transport is None:
             return
-        while self._is_writable and (batch := core.next_batch()) is not None:
+        for _ in range(BATCHES_PER_TURN_MAX):
+            if not self._is_writable or (batch := core.next_batch()) is None:
+                return
             transport.writelines((LENGTH.pack(len(batch)), batch))
 
     def _set_reading(self, is_reading: bool) -> None:

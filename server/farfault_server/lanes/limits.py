@@ -19,10 +19,9 @@ REQUEST_BYTES_MAX: Final = 64 << 10
 """One message from a client; a longer one ends its stream."""
 BATCH_BYTES: Final = 256 << 10
 """gRPC's cost is per message up to about this size; larger ones make a fault wait longer behind them."""
-BATCH_OVERHEAD_BYTES_MAX: Final = 64 << 10
-"""A batch without its data; `EXTENTS_PER_BATCH_MAX` and `DONE_PER_BATCH_MAX` keep it below."""
 EXTENTS_PER_BATCH_MAX: Final = 1024  # of at most 32 bytes each
 DONE_PER_BATCH_MAX: Final = 1024  # of at most 10 bytes each
+"""With `EXTENTS_PER_BATCH_MAX`: a batch is at most 64 KiB longer than its data, as the protocol says."""
 READS_PER_BATCH_MAX: Final = 16
 """Blocks of `BATCH_BYTES` that are read for one batch where most of them turn out to be zero."""
 RANGES_WAITING_MAX: Final = 16 << 10
@@ -49,11 +48,6 @@ class LaneLimits:
     def for_regions(cls, regions: Sequence[PageRegion]) -> LaneLimits:
         """Limits under which a batch holds a page of any of these regions."""
         return cls(max_batch_bytes=max(BATCH_BYTES, *(region.page_size_bytes for region in regions)))
-
-    @property
-    def max_frame_bytes(self) -> int:
-        """The longest express frame."""
-        return self.max_batch_bytes + BATCH_OVERHEAD_BYTES_MAX
 
     def to_proto(self) -> pb.Limits:
         return pb.Limits(
