@@ -62,7 +62,7 @@ class EngineConfig:
 
     demand_pages_max: int = 256
     demand_bytes_max: int = 1 << 20
-    batch_bytes_max: int = 256 << 10
+    batch_bytes_max: int = 512 << 10
     neighbour_pages_max: int = DEPTH_MAX_PAGES
     background_bytes_per_s: int = 0
     waiters_max: int = 65536

@@ -327,20 +327,20 @@ def test_hints_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_background_batches_are_small_and_do_not_cross_regions() -> None:
-    engine = engine_of((100 * PAGE, PAGE), (2 * HUGE, HUGE), (2 * GIANT, GIANT), (10 * PAGE, PAGE))
+    engine = engine_of((200 * PAGE, PAGE), (2 * HUGE, HUGE), (2 * GIANT, GIANT), (10 * PAGE, PAGE))
     engine.window.ceiling_bytes = engine.window.size_bytes = 1 << 40
     sent = []
     while fetch := engine.next_background(0.0):
         (part,) = fetch.runs
         sent.append((part, fetch.size_bytes))
     assert sent == [
-        (run(0, 64), 64 * PAGE),
-        (run(64, 36), 36 * PAGE),
-        (run(100), HUGE),
-        (run(101), HUGE),
-        (run(102), GIANT),
-        (run(103), GIANT),
-        (run(104, 10), 10 * PAGE),
+        (run(0, 128), 128 * PAGE),
+        (run(128, 72), 72 * PAGE),
+        (run(200), HUGE),
+        (run(201), HUGE),
+        (run(202), GIANT),
+        (run(203), GIANT),
+        (run(204, 10), 10 * PAGE),
     ]
 
 
