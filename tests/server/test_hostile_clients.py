@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import resource
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -31,6 +32,7 @@ from server_client import (
     Client,
     Express,
     connected,
+    eventually,
     page,
     pages_of,
     refused,
@@ -43,6 +45,7 @@ PAGES = [bytes(PAGE) if number % 5 == 0 else page(number) for number in range(10
 PAGES_PER_REQUEST = 64
 PAUSE_S = 0.01
 STILL_POLLS = 10
+DESCRIPTORS_MAX = 120
 T = TypeVar("T")
 GROWTH_BYTES_MAX = 256 << 20
 """Of both processes of the server together, whatever clients of one lease do. Generous: the figure is printed."""
@@ -414,6 +417,20 @@ async def test_three_hundred_connections(ram: Path, tmp_path: Path) -> None:
             express.close()
         for _, writer in (connection for some in silent.values() for connection in some):
             writer.transport.abort()
+
+
+async def test_connections_that_use_up_the_descriptors(ram: Path, tmp_path: Path) -> None:
+    """Who is connected goes on; who comes is let in as soon as the hostile ones are gone."""
+    async with served(tmp_path, "--ram", ram) as server, beside_an_honest_client(server) as opened:
+        pid = server.process.pid
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (DESCRIPTORS_MAX, DESCRIPTORS_MAX))
+        hostile = [await connect(server.port) for _ in range(2 * DESCRIPTORS_MAX)]
+        descriptors = Path(f"/proc/{pid}/fd")
+        await eventually(lambda: len(list(descriptors.iterdir())) == DESCRIPTORS_MAX)
+        for _, writer in hostile:
+            writer.transport.abort()
+        async with separate(server.port) as late:
+            await late.resume(opened, opened.generation)
 
 
 async def closed(reader: asyncio.StreamReader) -> None:

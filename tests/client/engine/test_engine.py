@@ -353,7 +353,7 @@ def test_the_window_bounds_what_is_in_flight() -> None:
 
 
 def test_while_threads_wait_one_batch_goes_out_in_each_pace() -> None:
-    engine = engine_of((4096 * PAGE, PAGE))
+    engine = engine_of((4096 * PAGE, PAGE), batch_bytes_max=64 * PAGE)
     fault(engine, "a", 4000)
     assert engine.next_background(1.0) is not None
     assert engine.next_background(1.0 + PACE_S / 2) is None
