@@ -4,5 +4,7 @@ from __future__ import annotations
 
 import os
 
+import hypothesis  # noqa: F401 - imported late, it can meet python/cpython#106905
+
 # gRPC's fork handlers abort children that are forked while its threads run; all of ours call exec at once.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
