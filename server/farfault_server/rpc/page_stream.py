@@ -66,7 +66,11 @@ class PageStream:
     async def _answer_waiting(self) -> None:
         while (batch := self._core.next_batch()) is not None:
             self._room.set()
-            await self._context.write(batch)
+            try:
+                await self._context.write(batch)
+            except grpc.aio.InternalError:  # the client left while it was being written
+                self.end()
+                return
             if self._is_background:
                 await self._let_demand_go_first()
 
