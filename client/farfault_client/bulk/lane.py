@@ -24,6 +24,7 @@ from farfault_client.bulk.messages import (
 )
 from farfault_client.bulk.ring import SlotRing, make_memory
 from farfault_client.session.answers import BadAnswerError, verify
+from farfault_client.session.frames import FRAME_SLACK_BYTES
 from farfault_client.session.lane import Lane, LaneLostError, LaneStats, LaneUser
 from farfault_client.session.lease import Lease, Peer
 
@@ -31,10 +32,6 @@ logger = logging.getLogger(__name__)
 
 ANSWERS_PER_WAKEUP_MAX = 2
 """Answers installed before the event loop looks at faults again: about 0.1 ms each."""
-
-
-FRAME_SLACK_BYTES = 64 << 10
-"""A frame is longer than its pages by at most this much (pages.proto, express lanes)."""
 
 
 class BulkHost:

@@ -7,7 +7,6 @@ receiver installs them from there.
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import Callable
 from typing import Final, NamedTuple, cast
 
@@ -17,12 +16,11 @@ from google.protobuf.message import DecodeError
 
 from farfault_client.bulk.ring import SlotRing
 from farfault_client.session.answers import BadAnswerError, verify
+from farfault_client.session.frames import LENGTH, frame, hello
 from farfault_client.session.lane import LaneLostError
 from farfault_client.session.lease import Lease, Peer
 
-PROTOCOL_VERSION: Final = 1
 CONNECT_TIMEOUT_S: Final = 10.0
-LENGTH: Final = struct.Struct("<I")
 WELCOME_BYTES_MAX: Final = 4096
 
 
@@ -80,9 +78,7 @@ class BulkStream(asyncio.BufferedProtocol):
         Raises:
             LaneLostError: it does not.
         """
-        lease = self._lease
-        hello = pb.LaneHello(protocol_version=PROTOCOL_VERSION, lease_id=lease.lease_id, token=lease.token)
-        self.send(hello.SerializeToString())
+        self.send(hello(self._lease))
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self._welcomed
@@ -92,7 +88,7 @@ class BulkStream(asyncio.BufferedProtocol):
     def send(self, message: bytes) -> None:
         """Sends a frame."""
         assert self._transport is not None
-        self._transport.write(LENGTH.pack(len(message)) + message)
+        self._transport.write(frame(message))
 
     def slot_freed(self) -> None:
         """There may be a free slot again."""

@@ -18,6 +18,7 @@ import click
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import PreflightError, UnreachableError, UsageError
 from farfault_cli.logs import configure_logging
+from farfault_shim.attach.listener import UNIX_PATH_BYTES_MAX
 
 from farfault_client.migrate.follow import ReceiverClient, progress_bar, verdict_of
 from farfault_client.options import FILE, SIZE, default_state, log_options, source_options
@@ -26,7 +27,6 @@ from farfault_client.receive.summary import summary_of
 
 RECEIVER_START_TIMEOUT_S = 30.0
 CONTROL_NAME = "control"
-UNIX_PATH_BYTES_MAX = 107
 RECEIVER_POLL_S = 0.02
 RECEIVER_END_TIMEOUT_S = 5.0
 

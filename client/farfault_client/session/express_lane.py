@@ -7,24 +7,21 @@ between tasks on its way into memory.
 from __future__ import annotations
 
 import asyncio
-import struct
 from typing import cast
 
 from farfault.v1 import pages_pb2 as pb
 from google.protobuf.message import DecodeError
 
 from farfault_client.session.answers import BadAnswerError
+from farfault_client.session.frames import FRAME_SLACK_BYTES, LENGTH, frame, hello
 from farfault_client.session.grpc_lane import read_answer
 from farfault_client.session.lane import Lane, LaneLostError, LaneStats, LaneUser
 from farfault_client.session.lease import Lease, Peer
 
-PROTOCOL_VERSION = 1
 CONNECT_TIMEOUT_S = 3.0
 SILENCE_MAX_S = 5.0
 """Nothing at all for this long while a request is unanswered says that the connection is half open."""
 SILENCE_CHECK_S = 1.0
-FRAME_SLACK_BYTES = 64 << 10
-LENGTH = struct.Struct("<I")
 
 
 class ExpressLane(asyncio.Protocol):
@@ -70,8 +67,7 @@ class ExpressLane(asyncio.Protocol):
                     int(port),
                     ssl=context,
                 )
-                hello = pb.LaneHello(protocol_version=PROTOCOL_VERSION, lease_id=lease.lease_id, token=lease.token)
-                lane._write(hello.SerializeToString())
+                lane._write(hello(lease))
                 await lane._welcome
         except (OSError, TimeoutError) as error:
             raise LaneLostError(f"express lane at {peer.target}: {error or 'no answer'}") from error
@@ -131,24 +127,24 @@ class ExpressLane(asyncio.Protocol):
 
     def _write(self, message: bytes) -> None:
         assert self._transport is not None
-        self._transport.write(LENGTH.pack(len(message)) + message)
+        self._transport.write(frame(message))
 
-    def _frame(self, frame: bytes) -> None:
+    def _frame(self, message: bytes) -> None:
         if not self._welcomed:
-            self._let_in(frame)
+            self._let_in(message)
             return
-        self._stats.wire_bytes += LENGTH.size + len(frame)
+        self._stats.wire_bytes += LENGTH.size + len(message)
         try:
-            _, answer = read_answer(frame, self._lease)
+            _, answer = read_answer(message, self._lease)
         except BadAnswerError as error:
             self._end(error)
             return
         self._stats.answers += 1
         self._user.answered(Lane.DEMAND, answer)
 
-    def _let_in(self, frame: bytes) -> None:
+    def _let_in(self, message: bytes) -> None:
         try:
-            welcome = pb.LaneWelcome.FromString(frame)
+            welcome = pb.LaneWelcome.FromString(message)
         except DecodeError as error:
             self._end(LaneLostError(f"express lane: no welcome: {error}"))
             return

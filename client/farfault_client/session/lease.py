@@ -12,6 +12,7 @@ import grpc.aio
 from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
+PROTOCOL_VERSION = 1
 MESSAGE_BYTES_MAX = 8 << 20
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (

@@ -27,11 +27,10 @@ from farfault_client.session.backoff import backoff
 from farfault_client.session.express_lane import ExpressLane
 from farfault_client.session.grpc_lane import GrpcLane
 from farfault_client.session.lane import Lane, LaneDriver, LaneLostError, LaneUser, SessionStats
-from farfault_client.session.lease import MESSAGE_BYTES_MAX, Lease, LeaseKey, Peer, explain
+from farfault_client.session.lease import MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Lease, LeaseKey, Peer, explain
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 1
 OPEN_TIMEOUT_S = 10.0
 WATCH_INTERVAL_S = 1.0
 """Between two looks at how long a lane has been silent."""

@@ -12,8 +12,9 @@ from farfault.checksum import batch_checksum
 from farfault.codec import encode_batch
 from farfault.v1 import pages_pb2 as pb
 from farfault_client.bulk.ring import SLOTS, SlotRing, make_memory
-from farfault_client.bulk.stream import LENGTH, BulkStream, SlotAnswer, connect
+from farfault_client.bulk.stream import BulkStream, SlotAnswer, connect
 from farfault_client.session.answers import BadAnswerError
+from farfault_client.session.frames import LENGTH
 from farfault_client.session.lane import LaneLostError
 from farfault_client.session.lease import Lease, Peer
 from farfault_shim.layout import Layout
