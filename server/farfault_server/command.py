@@ -128,11 +128,11 @@ def serve(*, frozen: bool, insecure: bool, log_level: str, json_logs: bool, **op
     """
     configure_logging(level=log_level, as_json=json_logs)
     import uvloop
-    from farfault_cli.runtime import URGENT_NICE, calm_collector, keep_freed_memory, take_priority
+    from farfault_cli.runtime import be_urgent, calm_collector, keep_freed_memory
 
     keep_freed_memory()
     calm_collector()
-    take_priority(URGENT_NICE)
+    be_urgent()
     named = ServeOptions(is_frozen=frozen, is_insecure=insecure, log_level=log_level, json_logs=json_logs, **options)
     uvloop.run(run(named))
 

@@ -17,7 +17,7 @@ import grpc.aio
 import uvloop
 from farfault.codec import DecodedBatch
 from farfault_cli.helper_process import end_with_parent
-from farfault_cli.runtime import BULK_NICE, keep_freed_memory, take_priority
+from farfault_cli.runtime import be_bulk, keep_freed_memory
 from farfault_shim.layout import Layout
 
 from farfault_client.bulk.messages import (
@@ -256,7 +256,7 @@ def main() -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the receiver's to handle
     keep_freed_memory()
-    take_priority(BULK_NICE)
+    be_bulk()
     descriptor, ring_descriptor, slot_bytes = map(int, sys.argv[1:4])
     connection = socket.socket(fileno=descriptor)
     connection.setblocking(False)

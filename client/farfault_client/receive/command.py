@@ -115,11 +115,11 @@ def receive(
 
 def _run(config: ReceiverConfig, control: Path | None, watched: ObserveOptions, *, now: bool) -> rpb.MigrationStatus:
     import uvloop
-    from farfault_cli.runtime import URGENT_NICE, calm_collector, keep_freed_memory, take_priority
+    from farfault_cli.runtime import be_urgent, calm_collector, keep_freed_memory
 
     keep_freed_memory()
     calm_collector()
-    take_priority(URGENT_NICE)
+    be_urgent()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_receive(config, control, watched, now=now))
 

@@ -17,7 +17,7 @@ import uvloop
 from farfault_cli.errors import FarfaultError
 from farfault_cli.helper_process import end_with_parent
 from farfault_cli.logs import configure_logging
-from farfault_cli.runtime import BULK_NICE, keep_freed_memory, take_priority
+from farfault_cli.runtime import be_bulk, keep_freed_memory
 from farfault_cli.tls import ServerTls
 
 from farfault_server.background.wire import LINE_BYTES_MAX, REPORT_INTERVAL_S, Message, pack, regions_from_json
@@ -130,7 +130,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
-    take_priority(BULK_NICE)
+    be_bulk()
     uvloop.run(run(int(sys.argv[1])))
 
 
