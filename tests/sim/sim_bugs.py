@@ -65,7 +65,7 @@ class BelievesDone(FaultEngine):
 
     def _finish_request(self, request_id: int, now: float) -> None:
         fetch = self._in_flight.pop(request_id, None)
-        if fetch is not None and self._background_sent_at.pop(request_id, None) is not None:
+        if fetch is not None and self._departures.pop(request_id, None) is not None:
             self._background_in_flight_bytes -= fetch.size_bytes
 
 
@@ -73,7 +73,7 @@ class NeverYields(FaultEngine):
     """The background goes on while threads wait."""
 
     def next_background(self, now: float) -> Fetch | None:
-        self.window.sent(float("-inf"))
+        self.window.sent(self.background_in_flight_bytes, float("-inf"))
         return super().next_background(now)
 
 
@@ -81,7 +81,7 @@ class BackgroundFirst(FaultEngine):
     """Faults are asked for after the background has had its turn."""
 
     def next_demand(self) -> Fetch | None:
-        return super().next_demand() if not self._background_sent_at else None
+        return super().next_demand() if not self._departures else None
 
 
 class WakesEarly(FaultEngine):
@@ -90,6 +90,13 @@ class WakesEarly(FaultEngine):
     def installed(self, run: PageRun, **how: Any) -> list[Any]:
         woken = super().installed(run, **how)
         return woken[1:] if len(woken) > 1 else woken
+
+
+class BelievesPlaced(FaultEngine):
+    """What the bulk process says that it has installed is there, whatever the guest did since."""
+
+    def placed(self, run: PageRun, *, existed: bool = False) -> list[Any]:
+        return super().installed(run, existed=existed)
 
 
 def any_length(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
@@ -154,5 +161,7 @@ BUGS: dict[str, Parts] = {
     "any checksum": replace(GOOD, verify=any_checksum),
     "any page": replace(GOOD, verify=any_page),
     "installs what was removed meanwhile": replace(GOOD, to_install=lambda engine, run: [run] if run.count > 0 else []),
+    "places what was removed meanwhile": replace(GOOD, may_place=lambda engine, page: True),
+    "believes that placed pages are there": replace(GOOD, engine=BelievesPlaced),
     "takes every page for resident": replace(GOOD, resident=lambda guest: range(guest.layout.page_count)),
 }

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import errno
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from farfault.codec import DecodedBatch, decode_batch
-from farfault_client.engine import EngineConfig, FaultEngine, Fetch, PageState, Priority
+from farfault_client.engine import EngineConfig, Extent, ExtentResult, FaultEngine, Fetch, PageState, Priority
 from farfault_client.engine.window import PACE_S
 from farfault_client.session.answers import Answer, BadAnswerError, request_of, verify
 from farfault_shim.exits.classifier import (
@@ -42,6 +43,8 @@ BACKGROUND_RETRY_S = 0.005
 WATCHDOG_S = 0.5
 """A request that is not answered for this long breaks its lane."""
 RETRY_S = 0.0001
+REPORT_S = 0.01
+"""The bulk process says within this time what it has placed; really much less, but then little comes in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,9 @@ class Parts:
     classifier: type[ExitClassifier] = ExitClassifier
     verify: Callable[[DecodedBatch, Layout, int], Answer] = verify
     to_install: Callable[[FaultEngine, PageRun], list[PageRun]] = FaultEngine.to_install
+    may_place: Callable[[FaultEngine, PageIndex], bool] = lambda engine, page: (
+        engine.pages.state(page) is PageState.IN_FLIGHT
+    )
     resident: Callable[[Guest], Iterable[int]] = lambda guest: sorted(guest.kernel.pages)
 
 
@@ -108,6 +114,7 @@ class Receiver:
         self.is_alive = True
         self.last_background_at = float("-inf")
         self.bad_answers = 0
+        self.unreported: Counter[int] = Counter()  # placed by the bulk process, which has not said so yet
         self._background_timer = False
         network.hostile_page = self._page_not_in_flight
         for page in rng.sample(range(guest.layout.page_count), min(guest.layout.page_count, rng.choice((0, 0, 5)))):
@@ -256,9 +263,58 @@ class Receiver:
             self.bad_answers += 1
             self._lane_lost(is_demand)
             return
-        lane = self.lanes[is_demand]
-        for request_id in answer.done:
-            lane.in_flight.pop(request_id, None)
+        if is_demand:
+            self._install_answer(answer)
+            return
+        # What nobody asked for may be garbage, and somebody may ask for it while the rest is placed: a server that lies
+        # about pages that it was asked for is not what is played here.
+        pages: list[tuple[PageIndex, int]] = []
+        without_data: list[Extent] = []
+        position = answer.data_offset
+        for run, result in answer.extents:
+            for page in map(PageIndex, range(run.first, run.end)):
+                asked_for = self.engine.pages.state(page) is PageState.IN_FLIGHT
+                if result is ExtentResult.DATA:
+                    pages += [(page, position)] * asked_for
+                    position += PAGE
+                elif asked_for or result is ExtentResult.REFUSED:
+                    without_data.append(Extent(PageRun(page, 1), result))
+        self._place(answer._replace(extents=without_data), pages, [])
+
+    def _place(self, answer: Answer, pages: list[tuple[PageIndex, int]], placed: list[tuple[PageIndex, bool]]) -> None:
+        """The bulk process: installs what is in flight, and says so a little later."""
+        if not self.is_alive:
+            return
+        for position, (page, begin) in enumerate(pages):
+            if not self.parts.may_place(self.engine, page):
+                continue
+            error = self.guest.kernel.copy(page, bytes(answer.data[begin : begin + PAGE]))
+            if error == errno.EAGAIN:
+                self.clock.after(RETRY_S, partial(self._place, answer, pages[position:], placed))
+                return
+            placed.append((page, error == errno.EEXIST))
+            self.unreported[page] += 1
+            if self.rng.random() < 0.1:  # the lock is given back in between
+                rest = pages[position + 1 :]
+                self.clock.after(self.rng.random() * 0.0002, partial(self._place, answer, rest, placed))
+                return
+        self.clock.after(self.rng.random() * REPORT_S, partial(self._placed, answer, placed))
+
+    def _placed(self, answer: Answer, placed: list[tuple[PageIndex, bool]]) -> None:
+        if not self.is_alive:
+            return
+        for page, existed in placed:
+            self.unreported[page] -= 1
+            for waiter in self.engine.placed(PageRun(page, 1), existed=existed):
+                self._wake(waiter.key)
+            is_there = page in self.guest.kernel.pages or self.engine.pages.state(page) is not PageState.INSTALLED
+            assert is_there or self.guest.kernel.removals, f"page {page} was given back since, and passes for installed"
+        self._install_answer(answer)
+
+    def _install_answer(self, answer: Answer) -> None:
+        for lane in self.lanes.values():
+            for request_id in answer.done:
+                lane.in_flight.pop(request_id, None)
         for order in self.engine.arrived(answer.extents, answer.done, self.clock.now):
             base = answer.data_offset + order.data_offset
             position = order.run.first
@@ -281,7 +337,8 @@ class Receiver:
             self._read_events()
             if in_order and not self.parts.to_install(self.engine, run):
                 return  # it was removed just now
-        assert error != errno.EEXIST or not in_order, f"page {page} was installed twice"
+        is_twice = error == errno.EEXIST and in_order and not self.unreported[page]
+        assert not is_twice, f"page {page} was installed twice"
         for waiter in self.engine.installed(run, existed=error == errno.EEXIST, zero=data == ZEROS):
             self._wake(waiter.key)
 
@@ -303,7 +360,8 @@ class Receiver:
         for page in _pages(fetch):
             assert page not in flying, f"page {page} is fetched twice at once"
             assert page not in self.guest.kernel.removed, f"page {page} is fetched after it was removed"
-            assert page not in self.guest.kernel.pages, f"page {page} is fetched though it is there"
+            is_there = page in self.guest.kernel.pages and not self.unreported[page]
+            assert not is_there, f"page {page} is fetched though it is there"
         assert fetch.size_bytes <= max(self.config.demand_bytes_max if is_demand else self.config.batch_bytes_max, PAGE)
         if not is_demand:
             if self.engine.waiting:

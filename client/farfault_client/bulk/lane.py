@@ -4,50 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import subprocess
 import sys
-from typing import Any
-
-from farfault.codec import DecodedBatch
-from farfault.v1 import pages_pb2 as pb
+from collections.abc import Sequence
 
 from farfault_client.bulk.messages import (
-    ANSWER_HEAD,
+    DESCRIPTORS_MAX,
     MESSAGE_BYTES_MAX,
-    NO_SLOT,
     REQUEST_HEAD,
-    SLOT,
     Connect,
     MessageType,
+    Target,
+    unpack_placed,
 )
-from farfault_client.bulk.ring import SlotRing, make_memory
-from farfault_client.session.answers import BadAnswerError, verify
+from farfault_client.bulk.shared_pages import SharedPages
+from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.frames import FRAME_SLACK_BYTES
 from farfault_client.session.lane import Lane, LaneLostError, LaneStats, LaneUser
 from farfault_client.session.lease import Lease, Peer
 
 logger = logging.getLogger(__name__)
 
-ANSWERS_PER_WAKEUP_MAX = 2
-"""Answers installed before the event loop looks at faults again: about 0.1 ms each."""
+REPORTS_PER_WAKEUP_MAX = 8
+"""Answers that are accounted for before the event loop looks at faults again: about 50 us each."""
 
 
 class BulkHost:
     """Owns the bulk process; starts it at first use and again after its death.
 
     Args:
-        slot_bytes: the most page data that an answer of the page server may have.
+        shared: what the process sees of our pages' states; stays its owner's.
+        page_count: of the guest.
+        batch_bytes_max: the most page data that an answer of the page server may have.
     """
 
-    def __init__(self, slot_bytes: int) -> None:
-        self._slot_bytes = slot_bytes = slot_bytes + FRAME_SLACK_BYTES
-        memory = make_memory(slot_bytes)
-        self.ring = SlotRing(memory, slot_bytes)
-        self._memory = memory
+    def __init__(self, shared: SharedPages, page_count: int, batch_bytes_max: int) -> None:
+        self._shared = shared
+        self._page_count = page_count
+        self._frame_bytes_max = batch_bytes_max + FRAME_SLACK_BYTES
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._target: Target | None = None
+        self._descriptors: Sequence[int] = ()
 
     def connection(self) -> socket.socket:
         """The socket to a living bulk process."""
@@ -56,8 +55,21 @@ class BulkHost:
         assert self._socket is not None
         return self._socket
 
-    def end_process(self) -> None:
-        """Ends the process; the next `connection` is to a fresh one, to which every slot is free."""
+    def place_into(self, target: Target | None, descriptors: Sequence[int] = ()) -> None:
+        """The memory that pages go into from now on; None: nobody's, they are thrown away.
+
+        Args:
+            target: where it is.
+            descriptors: as it names them. They stay the caller's, and open until the next call.
+        """
+        if len(descriptors) > DESCRIPTORS_MAX:
+            raise ValueError(f"{len(descriptors)} memory regions, more than {DESCRIPTORS_MAX}")
+        self._target, self._descriptors = target, descriptors
+        if self._socket is not None:
+            self._send_target(self._socket)
+
+    def close(self) -> None:
+        """Ends the process."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -66,27 +78,31 @@ class BulkHost:
             self._process.wait()
             self._process = None
 
-    def close(self) -> None:
-        """Ends the process and frees the ring."""
-        self.end_process()
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
-
     def _start(self) -> None:
         if self._socket is not None:
             self._socket.close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        arguments = [theirs.fileno(), self._memory, self._slot_bytes]
+        shared = self._shared.fileno()
+        arguments = [theirs.fileno(), shared, self._page_count, self._frame_bytes_max]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "farfault_client.bulk.process", *map(str, arguments)],
-            pass_fds=[theirs.fileno(), self._memory],
+            pass_fds=[theirs.fileno(), shared],
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
         self._socket = ours
+        if self._target is not None:
+            self._send_target(ours)
         logger.debug("bulk process %d started", self._process.pid)
+
+    def _send_target(self, connection: socket.socket) -> None:
+        packet = self._target.pack() if self._target is not None else bytes([MessageType.TARGET])
+        try:
+            socket.send_fds(connection, [packet], self._descriptors)
+        except OSError as error:  # it is gone, or stuck behind a full socket: the next one is told
+            logger.warning("bulk process: %s; it is started again", error)
+            self.close()
 
 
 class ProcessLane:
@@ -105,7 +121,6 @@ class ProcessLane:
         self, host: BulkHost, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, *, streams: int
     ) -> None:
         self.carrier = "process" if streams else "express process"
-        self._freed: list[int] = []
         self._host = host
         self._lease = lease
         self._user = user
@@ -138,8 +153,6 @@ class ProcessLane:
     async def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
-        if self._blocked:  # slots that it would never hear are free
-            self._host.end_process()
 
     def _send(self, packet: bytes) -> None:
         try:
@@ -158,13 +171,7 @@ class ProcessLane:
         self.pump()
 
     def _readable(self) -> None:
-        try:
-            self._take_answers()
-        finally:
-            self._free()
-
-    def _take_answers(self) -> None:
-        for _ in range(ANSWERS_PER_WAKEUP_MAX):
+        for _ in range(REPORTS_PER_WAKEUP_MAX):
             try:
                 packet = self._socket.recv(MESSAGE_BYTES_MAX)
             except BlockingIOError:
@@ -174,34 +181,15 @@ class ProcessLane:
             if not packet:
                 self._end(LaneLostError("the bulk process is gone"))
                 return
-            if packet[0] == MessageType.ANSWER:
-                self._answer(packet)
+            if packet[0] == MessageType.PLACED:
+                wire_bytes, placed = unpack_placed(packet)
+                self._stats.wire_bytes += wire_bytes
+                self._stats.answers += 1
+                self._user.placed(Lane.BACKGROUND, placed)
             elif packet[0] == MessageType.LOST:
                 text = packet[2:].decode(errors="replace")
                 self._end(BadAnswerError(text) if packet[1] else LaneLostError(text))
                 return
-
-    def _answer(self, packet: bytes) -> None:
-        slot, offset, length, wire_bytes = ANSWER_HEAD.unpack_from(packet, 1)
-        self._stats.wire_bytes += wire_bytes
-        header = pb.PageBatch.FromString(packet[1 + ANSWER_HEAD.size :])
-        data: Any = b"" if slot == NO_SLOT else self._host.ring.slot(slot)
-        try:
-            batch = DecodedBatch(header, data, offset, length)
-            answer = verify(batch, self._lease.layout, self._lease.generation, data_checked=True)
-            self._stats.answers += 1
-            self._user.answered(Lane.BACKGROUND, answer)
-        except BadAnswerError as error:
-            self._end(error)
-        finally:
-            if slot != NO_SLOT:
-                self._freed.append(slot)
-
-    def _free(self) -> None:
-        """Gives slots back, several in one packet: each packet may wake the other process."""
-        if self._freed:
-            self._send(bytes([MessageType.FREE]) + b"".join(map(SLOT.pack, self._freed)))
-            self._freed.clear()
 
     def _end(self, error: Exception) -> None:
         if not self._ended.done():

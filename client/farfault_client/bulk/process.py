@@ -1,7 +1,7 @@
-"""The bulk process: carries the background lane, verifies every answer, lays it into the ring.
+"""The bulk process: carries the background lane, verifies every answer, puts its pages into guest memory.
 
-Started by `farfault_client.bulk.lane` as ``python -m farfault_client.bulk.process SOCKET RING SLOT_BYTES``; the two
-numbers are inherited descriptors. It ends when the receiver closes the socket.
+Started by `farfault_client.bulk.lane` as ``python -m farfault_client.bulk.process SOCKET SHARED PAGES FRAME_BYTES``;
+the first two are inherited descriptors. It ends when the receiver closes the socket.
 """
 
 from __future__ import annotations
@@ -11,34 +11,42 @@ import contextlib
 import signal
 import socket
 import sys
+from collections import deque
 from pathlib import Path
+from typing import Final
 
 import grpc.aio
 import uvloop
 from farfault.codec import DecodedBatch
 from farfault_cli.helper_process import end_with_parent
 from farfault_cli.runtime import be_bulk, keep_freed_memory
-from farfault_shim.layout import Layout
+from farfault_shim.install.installer import InstallError
+from farfault_shim.layout import Layout, PageRun
+from farfault_shim.uffd.userfaultfd import MappedBytes
 
 from farfault_client.bulk.messages import (
-    ANSWER_HEAD,
+    DESCRIPTORS_MAX,
     MESSAGE_BYTES_MAX,
-    NO_SLOT,
     REQUEST_HEAD,
-    SLOT,
     Connect,
     MessageType,
+    Target,
+    pack_placed,
 )
-from farfault_client.bulk.ring import SLOTS, SlotRing
-from farfault_client.bulk.stream import BulkStream, SlotAnswer
+from farfault_client.bulk.placer import Placer
+from farfault_client.bulk.shared_pages import SharedPages
+from farfault_client.bulk.stream import BulkStream, StreamAnswer
 from farfault_client.bulk.stream import connect as connect_bulk
-from farfault_client.session.answers import BadAnswerError
+from farfault_client.engine import ExtentResult
+from farfault_client.session.answers import Answer, BadAnswerError, Placement
 from farfault_client.session.grpc_lane import METHODS, read_answer
 from farfault_client.session.lane import Lane, LaneLostError
 from farfault_client.session.lease import Lease, Peer, explain
 
-PACKETS_PER_WAKEUP_MAX = 64
+PACKETS_PER_WAKEUP_MAX: Final = 64
 """Packets of the receiver's that are taken in one go."""
+REPORTS_WAITING_MAX: Final = 64
+"""Packets that the receiver has yet to take; then no more answers are read, and the network waits."""
 
 
 class BulkProcess:
@@ -46,18 +54,19 @@ class BulkProcess:
 
     Args:
         connection: to the receiver.
-        ring: where answers go.
+        shared: its page states.
+        frame_bytes_max: of an answer.
     """
 
-    def __init__(self, connection: socket.socket, ring: SlotRing) -> None:
+    def __init__(self, connection: socket.socket, shared: SharedPages, frame_bytes_max: int) -> None:
         self._socket = connection
-        self._ring = ring
-        self._sending = asyncio.Lock()
-        self._free: asyncio.Queue[int] = asyncio.Queue()
-        for slot in range(SLOTS):
-            self._free.put_nowait(slot)
+        self._shared = shared
+        self._buffer = MappedBytes.allocate(frame_bytes_max)
+        self._placer: Placer | None = None
         self._requests: asyncio.Queue[bytes] = asyncio.Queue()
-        self._answers: asyncio.Queue[SlotAnswer] = asyncio.Queue()
+        self._reports: deque[bytes] = deque()
+        self._reported = asyncio.Event()
+        self._reported.set()
         self._stream: BulkStream | None = None
         self._lease: Lease | None = None
         self._carrying: asyncio.Task[None] | None = None
@@ -73,8 +82,9 @@ class BulkProcess:
 
     def _readable(self, gone: asyncio.Future[None]) -> None:
         for _ in range(PACKETS_PER_WAKEUP_MAX):
+            descriptors: list[int] = []
             try:
-                packet = self._socket.recv(MESSAGE_BYTES_MAX)
+                packet, descriptors, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES_MAX, DESCRIPTORS_MAX)
             except BlockingIOError:
                 return
             except OSError:
@@ -82,9 +92,9 @@ class BulkProcess:
             if not packet:
                 _set_once(gone)
                 return
-            self._told(packet[0], packet[1:])
+            self._told(packet[0], packet[1:], descriptors)
 
-    def _told(self, kind: int, payload: bytes) -> None:
+    def _told(self, kind: int, payload: bytes, descriptors: list[int]) -> None:
         if kind == MessageType.REQUEST:
             assert self._lease is not None
             (self._lease.generation,) = REQUEST_HEAD.unpack_from(payload)
@@ -93,11 +103,11 @@ class BulkProcess:
                 self._stream.send(request)
             else:
                 self._requests.put_nowait(request)
-        elif kind == MessageType.FREE:
-            for (slot,) in SLOT.iter_unpack(payload):
-                self._free.put_nowait(slot)
-            if self._stream is not None:
-                self._stream.slot_freed()
+        elif kind == MessageType.TARGET:
+            if self._placer is not None:
+                self._placer.close()
+            target = Target.unpack(payload)
+            self._placer = Placer(target, descriptors, self._shared) if target is not None else None
         elif kind == MessageType.CONNECT:
             connect = Connect.unpack(payload)
             lease = Lease(connect.lease_id, connect.token, connect.generation, Layout(connect.regions))
@@ -125,38 +135,25 @@ class BulkProcess:
                 else:
                     group.create_task(self._carry_grpc(connect, lease, tls))
         except BaseExceptionGroup as errors:
-            await self._report(errors, connect.target)
+            self._report_loss(errors, connect.target)
 
     # ---- frames on a plain stream ----------------------------------------------------------------
 
     async def _carry_express(self, peer: Peer, lease: Lease) -> None:
-        stream = await connect_bulk(
-            peer,
-            lambda: BulkStream(lease, self._ring, self._take_slot, self._free.put_nowait, self._answers.put_nowait),
-        )
+        stream = await connect_bulk(peer, lambda: BulkStream(lease, self._buffer, self._stream_answered))
         try:
             while not self._requests.empty():
                 stream.send(self._requests.get_nowait())
             self._stream = stream
-            async with asyncio.TaskGroup() as group:
-                group.create_task(stream.run())
-                group.create_task(self._pass_on())
+            await stream.run()
         finally:
             self._stream = None
             stream.close()
-            while not self._answers.empty():
-                self._free.put_nowait(self._answers.get_nowait().slot)
 
-    def _take_slot(self) -> int | None:
-        return None if self._free.empty() else self._free.get_nowait()
-
-    async def _pass_on(self) -> None:
-        while True:
-            slot, batch, wire_bytes = await self._answers.get()
-            if not batch.data_length:
-                self._free.put_nowait(slot)
-                slot = NO_SLOT
-            await self._answer(slot, batch, wire_bytes)
+    def _stream_answered(self, came: StreamAnswer) -> None:
+        self._place(came.batch, came.answer, self._buffer, came.wire_bytes)
+        if len(self._reports) > REPORTS_WAITING_MAX and self._stream is not None:
+            self._stream.pause()
 
     # ---- gRPC ------------------------------------------------------------------------------------
 
@@ -187,63 +184,78 @@ class BulkProcess:
             raw = await stream.read()
             if not isinstance(raw, bytes):
                 raise LaneLostError("the page server ended the background stream")
-            decoded, _ = read_answer(raw, lease)
-            slot = NO_SLOT
-            if decoded.data_length:
-                if decoded.data_length > self._ring.slot_bytes:
-                    raise BadAnswerError(f"a batch of {decoded.data_length} bytes")
-                slot = await self._free.get()
-                self._ring.slot(slot).view[: decoded.data_length] = decoded.data
-            await self._answer(slot, decoded._replace(data_offset=0), len(raw))
+            batch, answer = read_answer(raw, lease)
+            assert isinstance(batch.buffer, bytes)
+            try:
+                self._place(batch, answer, batch.buffer, len(raw))
+            except InstallError as error:
+                raise LaneLostError(str(error)) from None
+            await self._reported.wait()
 
-    # ---- to the receiver -------------------------------------------------------------------------
+    # ---- into memory, and to the receiver --------------------------------------------------------
 
-    async def _answer(self, slot: int, batch: DecodedBatch, wire_bytes: int) -> None:
-        """Passes an answer on, or frees its slot."""
-        header = batch.header
-        header.ClearField("data")
-        head = ANSWER_HEAD.pack(slot, batch.data_offset, batch.data_length, wire_bytes)
-        try:
-            await self._post(bytes([MessageType.ANSWER]) + head + header.SerializeToString())
-        except BaseException:  # not sent: the receiver will never free it
-            if slot != NO_SLOT:
-                self._free.put_nowait(slot)
-            raise
-
-    async def _post(self, packet: bytes) -> None:
-        """Sends one packet. An exception, cancellation included, means that it was not sent.
-
-        `loop.sock_sendall` cannot promise that: it may be cancelled between the send and its return, and a slot
-        that both sides call free would be overwritten while it is installed.
+    def _place(self, batch: DecodedBatch, answer: Answer, data: bytes | MappedBytes, wire_bytes: int) -> None:
+        """Puts the pages of an answer into memory, and tells the receiver.
 
         Raises:
-            BadAnswerError: it is longer than the receiver takes.
+            InstallError: not all of them could be.
         """
-        if len(packet) > MESSAGE_BYTES_MAX:
-            raise BadAnswerError(f"an answer with {len(packet)} bytes beside its data")
-        loop = asyncio.get_running_loop()
-        async with self._sending:
-            while True:
-                try:
-                    self._socket.send(packet)
-                    return
-                except BlockingIOError:
-                    writable: asyncio.Future[None] = loop.create_future()
-                    loop.add_writer(self._socket.fileno(), _set_once, writable)
-                    try:
-                        await writable
-                    finally:
-                        loop.remove_writer(self._socket.fileno())
+        placements: list[Placement] = []
+        others: list[tuple[PageRun, int]] = []
+        data_pages, offset = 0, answer.data_offset
+        done: tuple[int, ...] = ()
+        try:
+            for wire, (run, result) in zip(batch.header.extents, answer.extents, strict=True):
+                if result is not ExtentResult.DATA:
+                    others.append((run, int(wire.kind)))
+                    continue
+                data_pages += run.count
+                if self._placer is not None:
+                    self._placer.place(run, data, offset, placements)
+                offset += run.count * self._page_bytes(run)
+            done = answer.done
+        finally:
+            clipped = data_pages - sum(run.count for run, _, _ in placements)
+            server_us = (answer.server_queue_us, answer.server_read_us)
+            for packet in pack_placed(wire_bytes, server_us, clipped, done, placements, others):
+                self._post(packet)
 
-    async def _report(self, errors: BaseException, target: str) -> None:
+    def _page_bytes(self, run: PageRun) -> int:
+        assert self._lease is not None
+        return self._lease.layout.region_of_page(run.first).page_size_bytes
+
+    def _post(self, packet: bytes) -> None:
+        """Sends a packet, as soon as the receiver takes those before it."""
+        self._reports.append(packet)
+        if len(self._reports) == 1:
+            self._send_reports()
+
+    def _send_reports(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._reports:
+            try:
+                self._socket.send(self._reports[0])
+            except BlockingIOError:
+                self._reported.clear()
+                loop.add_writer(self._socket.fileno(), self._send_reports)
+                return
+            except OSError:  # the receiver is gone, which `run` notices
+                self._reports.clear()
+                break
+            self._reports.popleft()
+        if not self._reported.is_set():
+            loop.remove_writer(self._socket.fileno())
+            self._reported.set()
+            if self._stream is not None:
+                self._stream.resume()
+
+    def _report_loss(self, errors: BaseException, target: str) -> None:
         error = errors
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         text = explain(error, target).problem if isinstance(error, grpc.aio.AioRpcError) else str(error)
         bad = isinstance(error, BadAnswerError)
-        packet = bytes([MessageType.LOST, bad]) + text.encode()[:4096]
-        with contextlib.suppress(OSError):
-            await self._post(packet)
+        self._post(bytes([MessageType.LOST, bad]) + text.encode()[:4096])
 
 
 def _set_once(future: asyncio.Future[None]) -> None:
@@ -257,15 +269,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the receiver's to handle
     keep_freed_memory()
     be_bulk()
-    descriptor, ring_descriptor, slot_bytes = map(int, sys.argv[1:4])
+    descriptor, shared, page_count, frame_bytes_max = map(int, sys.argv[1:5])
     connection = socket.socket(fileno=descriptor)
     connection.setblocking(False)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(connection, ring_descriptor, slot_bytes))
+        runner.run(_run(connection, SharedPages(page_count, shared), frame_bytes_max))
 
 
-async def _run(connection: socket.socket, ring_descriptor: int, slot_bytes: int) -> None:
-    await BulkProcess(connection, SlotRing(ring_descriptor, slot_bytes)).run()
+async def _run(connection: socket.socket, shared: SharedPages, frame_bytes_max: int) -> None:
+    await BulkProcess(connection, shared, frame_bytes_max).run()
 
 
 if __name__ == "__main__":

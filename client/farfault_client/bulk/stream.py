@@ -1,7 +1,7 @@
-"""Bulk without gRPC: each frame of an express background lane is received straight into a slot of the ring.
+"""Bulk without gRPC: each frame of an express background lane is received into one buffer, and placed from there.
 
-Nothing copies the pages between the kernel's socket and guest memory: the checksum is taken where they lie, and the
-receiver installs them from there.
+Nothing copies the pages between the kernel's socket and the installation: the checksum is taken where they lie, and
+the buffer is small enough to stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Final, NamedTuple, cast
 
 from farfault.codec import DecodedBatch, decode_view
 from farfault.v1 import pages_pb2 as pb
+from farfault_shim.install.installer import InstallError
+from farfault_shim.uffd.userfaultfd import MappedBytes
 from google.protobuf.message import DecodeError
 
-from farfault_client.bulk.ring import SlotRing
-from farfault_client.session.answers import BadAnswerError, verify
+from farfault_client.session.answers import Answer, BadAnswerError, verify
 from farfault_client.session.frames import LENGTH, frame, hello
 from farfault_client.session.lane import LaneLostError
 from farfault_client.session.lease import Lease, Peer
@@ -24,17 +25,16 @@ CONNECT_TIMEOUT_S: Final = 10.0
 WELCOME_BYTES_MAX: Final = 4096
 
 
-class SlotAnswer(NamedTuple):
-    """A verified answer in a slot.
+class StreamAnswer(NamedTuple):
+    """A verified answer; its data are in the stream's buffer until the next one comes.
 
     Attributes:
-        slot: of the ring.
-        batch: its header, and where in the slot its data lie.
+        batch, answer: the same answer as it came, and as it was understood.
         wire_bytes: of its frame.
     """
 
-    slot: int
     batch: DecodedBatch
+    answer: Answer
     wire_bytes: int
 
 
@@ -43,31 +43,19 @@ class BulkStream(asyncio.BufferedProtocol):
 
     Args:
         lease: whose pages.
-        ring: where frames go.
-        take_slot: a free slot, or None: then reading pauses until `slot_freed`.
-        on_answer: gets every verified answer; the slot is its owner's from then on.
-        give_back: takes a slot that was taken and not passed on.
+        buffer: where frames go; no frame is longer.
+        on_answer: gets every verified answer; what it raises ends the stream.
     """
 
-    def __init__(
-        self,
-        lease: Lease,
-        ring: SlotRing,
-        take_slot: Callable[[], int | None],
-        give_back: Callable[[int], None],
-        on_answer: Callable[[SlotAnswer], None],
-    ) -> None:
+    def __init__(self, lease: Lease, buffer: MappedBytes, on_answer: Callable[[StreamAnswer], None]) -> None:
         self._lease = lease
-        self._ring = ring
-        self._take_slot = take_slot
-        self._give_back = give_back
+        self._buffer = buffer
         self._on_answer = on_answer
         self._transport: asyncio.Transport | None = None
         self._head = bytearray(LENGTH.size)
         self._head_view = memoryview(self._head)
         self._received = 0
         self._frame_bytes = 0  # 0: the length is being received
-        self._slot: int | None = None
         self._target = self._head_view
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -90,9 +78,14 @@ class BulkStream(asyncio.BufferedProtocol):
         assert self._transport is not None
         self._transport.write(frame(message))
 
-    def slot_freed(self) -> None:
-        """There may be a free slot again."""
-        if self._frame_bytes and self._slot is None and self._transport is not None and self._begin_body():
+    def pause(self) -> None:
+        """Takes no more answers until `resume`; the network waits."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        if self._transport is not None:
             self._transport.resume_reading()
 
     async def run(self) -> None:
@@ -129,6 +122,8 @@ class BulkStream(asyncio.BufferedProtocol):
                 self._begin_frame()
         except (BadAnswerError, LaneLostError) as error:
             self._end(error)
+        except InstallError as error:
+            self._end(LaneLostError(str(error)))
 
     # ---- within ----------------------------------------------------------------------------------
 
@@ -141,35 +136,22 @@ class BulkStream(asyncio.BufferedProtocol):
             if not self._frame_bytes:
                 self._frame()
             return
-        if not 0 < self._frame_bytes <= self._ring.slot_bytes:
-            raise BadAnswerError(f"a frame of {self._frame_bytes} bytes, the limit is {self._ring.slot_bytes}")
-        if not self._begin_body():
-            assert self._transport is not None
-            self._transport.pause_reading()
-
-    def _begin_body(self) -> bool:
-        """False: there is no free slot."""
-        self._slot = self._take_slot()
-        if self._slot is None:
-            return False
-        self._target = self._ring.slot(self._slot).view[: self._frame_bytes]
-        self._received = 0
-        return True
+        if not 0 < self._frame_bytes <= len(self._buffer):
+            raise BadAnswerError(f"a frame of {self._frame_bytes} bytes, the limit is {len(self._buffer)}")
+        self._target, self._received = self._buffer.view[: self._frame_bytes], 0
 
     def _frame(self) -> None:
-        body, slot, frame_bytes = self._target, self._slot, self._frame_bytes
-        self._target, self._received, self._frame_bytes, self._slot = self._head_view, 0, 0, None
+        body, frame_bytes = self._target, self._frame_bytes
+        self._target, self._received, self._frame_bytes = self._head_view, 0, 0
         if not self._welcomed.done():
             self._let_in(bytes(body))
             return
-        assert slot is not None
         try:
             batch = decode_view(body)
-            verify(batch, self._lease.layout, self._lease.generation)
-        except (DecodeError, BadAnswerError) as error:
-            self._give_back(slot)
+        except DecodeError as error:
             raise BadAnswerError(str(error)) from None
-        self._on_answer(SlotAnswer(slot, batch, LENGTH.size + frame_bytes))
+        answer = verify(batch, self._lease.layout, self._lease.generation)
+        self._on_answer(StreamAnswer(batch, answer, LENGTH.size + frame_bytes))
 
     def _let_in(self, message: bytes) -> None:
         try:
@@ -183,9 +165,6 @@ class BulkStream(asyncio.BufferedProtocol):
     def _end(self, error: Exception) -> None:
         if self._transport is not None:
             self._transport.abort()
-        if self._slot is not None:
-            self._give_back(self._slot)
-            self._slot = None
         for future in (self._welcomed, self._ended):
             if not future.done():
                 future.set_exception(error)

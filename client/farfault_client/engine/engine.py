@@ -5,7 +5,8 @@ It does no I/O and reads no clock. A driver
 1. tells it what happened: `fault`, `removed`, `present`, `arrived`, `installed`, `not_installed`, `lost`;
 2. asks what to send: `next_demand`, `next_prefetch`, `next_background`, until they return None;
 3. installs what `arrived` returns, then says `installed` and restarts the waiters that come back. If events
-   came in between, it first asks `to_install` what is left of a run: a page may have been removed.
+   came in between, it first asks `to_install` what is left of a run: a page may have been removed. What another
+   process has installed it says with `placed`.
 
 Promises: at most one fetch per page is in flight; a fault on a page in flight raises its priority and
 waits; an arrival is clipped to what is still wanted, and wanted once; a removed page is never fetched; a
@@ -28,6 +29,7 @@ from farfault_client.engine.page_map import PageMap
 from farfault_client.engine.rate import RateLimit
 from farfault_client.engine.states import PageInput, PageState, Priority
 from farfault_client.engine.waiters import Waiter, Waiters
+from farfault_client.engine.way import Departure
 from farfault_client.engine.window import BackgroundWindow
 
 HINT_RUNS_MAX: Final = 1 << 16
@@ -40,7 +42,8 @@ SMALLEST_PAGE_BYTES: Final = min(PAGE_SIZES_BYTES)
 
 # Bound once: looking up a member of an enum costs as much as a bytes search.
 _WANT, _SEND, _ARRIVE, _INSTALL = PageInput.WANT, PageInput.SEND, PageInput.ARRIVE, PageInput.INSTALL
-_ABSENT, _WANTED, _IN_FLIGHT, _REMOVED = PageState.ABSENT, PageState.WANTED, PageState.IN_FLIGHT, PageState.REMOVED
+_ABSENT, _WANTED, _IN_FLIGHT = PageState.ABSENT, PageState.WANTED, PageState.IN_FLIGHT
+_ARRIVED, _REMOVED = PageState.ARRIVED, PageState.REMOVED
 _VCPU = Priority.VCPU
 _ZERO, _REFUSED = ExtentResult.ZERO, ExtentResult.REFUSED
 _READY, _WAITS = FaultAnswer(True), FaultAnswer(False)
@@ -53,16 +56,18 @@ class EngineConfig:
     Attributes:
         demand_pages_max: pages in one demand request.
         demand_bytes_max: bytes in one demand request; one page is always allowed.
-        batch_bytes_max: bytes in one prefetch or background request; one page is always allowed.
+        batch_bytes_max: bytes in one background request; one page is always allowed.
+        prefetch_bytes_max: bytes in one request for neighbours; one page is always allowed.
         neighbour_pages_max: longest neighbour prefetch; 0 turns it off. Pages that do not fit twice into
-            `batch_bytes_max` (2 MiB, 1 GiB) have no neighbours.
+            `prefetch_bytes_max` (2 MiB, 1 GiB) have no neighbours.
         background_bytes_per_s: cap of the background lane; 0: none. Demand is never capped.
         waiters_max: threads that may wait at one time.
     """
 
     demand_pages_max: int = 256
     demand_bytes_max: int = 1 << 20
-    batch_bytes_max: int = 512 << 10
+    batch_bytes_max: int = 1 << 20
+    prefetch_bytes_max: int = 512 << 10
     neighbour_pages_max: int = DEPTH_MAX_PAGES
     background_bytes_per_s: int = 0
     waiters_max: int = 65536
@@ -74,6 +79,7 @@ class FaultEngine:
     Args:
         layout: guest memory.
         config: bounds.
+        pages: the state of every page, all ABSENT; None: a map of its own.
 
     Attributes:
         pages: the state of every page.
@@ -81,12 +87,12 @@ class FaultEngine:
         rate: its bandwidth cap; ``rate.bytes_per_s`` may change at any time.
     """
 
-    def __init__(self, layout: Layout, config: EngineConfig | None = None) -> None:
+    def __init__(self, layout: Layout, config: EngineConfig | None = None, pages: PageMap | None = None) -> None:
         self.layout = layout
         self.config = config or EngineConfig()
-        self.pages = PageMap(layout.page_count)
+        self.pages = pages or PageMap(layout.page_count)
         self.stats = EngineStats()
-        self.window = BackgroundWindow()
+        self.window = BackgroundWindow(batch_bytes_max=self.config.batch_bytes_max)
         self.rate = RateLimit(self.config.background_bytes_per_s)
         self.neighbours = NeighbourPrefetch(self.config.neighbour_pages_max)
         self._waiters = Waiters()
@@ -94,7 +100,7 @@ class FaultEngine:
         self._neighbour_runs: deque[PageRun] = deque(maxlen=NEIGHBOUR_RUNS_MAX)
         self._hints: deque[PageRun] = deque()
         self._in_flight: dict[int, Fetch] = {}
-        self._background_sent_at: dict[int, float] = {}
+        self._departures: dict[int, Departure] = {}  # of background requests
         self._background_in_flight_bytes = 0
         self._background_cursor = 0
         self._background_rests_until = float("-inf")
@@ -255,6 +261,19 @@ class FaultEngine:
         awaited = self._waiters.awaited(run)
         return self._waiters.wake(awaited) if awaited else []
 
+    def placed(self, run: PageRun, *, existed: bool = False) -> list[Waiter]:
+        """Another process has put pages that were in flight into guest memory, or found them there (`existed`).
+
+        It looked at `pages` before; those that were removed after that stay so.
+
+        Returns:
+            As `installed`.
+        """
+        woken: list[Waiter] = []
+        for part in self.pages.runs(run.first, run.count, _ABSENT, _WANTED, _IN_FLIGHT, _ARRIVED):
+            woken += self.installed(part, existed=existed)
+        return woken
+
     def not_installed(self, run: PageRun) -> None:
         """Pages that `arrived` ordered could not be installed: they are fetched again."""
         for part in self.pages.runs(*run, PageState.ARRIVED):
@@ -267,7 +286,7 @@ class FaultEngine:
             fetch = self._in_flight.pop(request_id, None)
             if fetch is None:
                 continue
-            if self._background_sent_at.pop(request_id, None) is not None:
+            if self._departures.pop(request_id, None) is not None:
                 background_lost = True
                 self._background_in_flight_bytes -= fetch.size_bytes
             self._lose_unanswered(fetch)
@@ -309,10 +328,10 @@ class FaultEngine:
         """One request for neighbours of faults, at most a batch; None: there is none."""
         runs: list[PageRun] = []
         size_bytes = 0
-        while self._neighbour_runs and size_bytes < self.config.batch_bytes_max:
+        while self._neighbour_runs and size_bytes < self.config.prefetch_bytes_max:
             run = self._neighbour_runs.popleft()
             page_size = self._page_bytes(run.first)
-            room = max(1, (self.config.batch_bytes_max - size_bytes) // page_size)
+            room = max(1, (self.config.prefetch_bytes_max - size_bytes) // page_size)
             absent = self.pages.next_absent(run.first, run.end, room)
             if absent is None:
                 continue
@@ -342,9 +361,8 @@ class FaultEngine:
         self.pages.apply(*run, _SEND, priority)
         size_bytes = run.count * self._page_bytes(run.first)
         fetch = self._request(priority, [run], size_bytes)
+        self._departures[fetch.request_id] = self.window.sent(self._background_in_flight_bytes, now)
         self._background_in_flight_bytes += size_bytes
-        self._background_sent_at[fetch.request_id] = now
-        self.window.sent(now)
         self.rate.spend(size_bytes)
         return fetch
 
@@ -383,7 +401,7 @@ class FaultEngine:
 
     def _prefetch_around(self, key: object, page: int) -> None:
         region = self._only_region or self.layout.region_of_page(page)
-        if region.page_size_bytes * 2 > self.config.batch_bytes_max:
+        if region.page_size_bytes * 2 > self.config.prefetch_bytes_max:
             return
         for run in self.neighbours.fault(key, page - region.first_page, region.page_count):
             self._neighbour_runs.append(PageRun(PageIndex(run.first + region.first_page), run.count))
@@ -413,10 +431,10 @@ class FaultEngine:
         fetch = self._in_flight.pop(request_id, None)
         if fetch is None:
             return
-        sent_at = self._background_sent_at.pop(request_id, None)
-        if sent_at is not None:
+        departure = self._departures.pop(request_id, None)
+        if departure is not None:
             self._background_in_flight_bytes -= fetch.size_bytes
-            self.window.arrived(fetch.size_bytes, now, now - sent_at)
+            self.window.arrived(fetch.size_bytes, now, departure)
         self._lose_unanswered(fetch)
 
     def _lose_unanswered(self, fetch: Fetch) -> None:
@@ -465,7 +483,7 @@ class FaultEngine:
 
     def _scan_background(self) -> PageRun:
         """The next absent run after the cursor, wrapping round; never across a region border. There is one."""
-        pages_max = self.config.batch_bytes_max // SMALLEST_PAGE_BYTES
+        pages_max = max(1, self.window.batch_bytes // SMALLEST_PAGE_BYTES)
         run = self.pages.next_absent(self._background_cursor, self.layout.page_count, pages_max)
         if run is None:
             run = self.pages.next_absent(0, self._background_cursor, pages_max)
@@ -476,7 +494,7 @@ class FaultEngine:
         return PageRun(run.first, count)
 
     def _batch_pages(self, page: int) -> int:
-        return max(1, self.config.batch_bytes_max // self._page_bytes(page))
+        return max(1, self.window.batch_bytes // self._page_bytes(page))
 
     def _page_bytes(self, page: int) -> int:
         return self._only_page_bytes or self.layout.region_of_page(page).page_size_bytes

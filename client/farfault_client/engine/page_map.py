@@ -6,9 +6,10 @@ is made from the transition table. A 1 TiB guest of 4 KiB pages costs 256 MiB.
 
 from __future__ import annotations
 
+import mmap
 import re
 from functools import cache
-from typing import Final
+from typing import Final, TypeAlias
 
 from farfault_shim.layout import PageIndex, PageRun
 
@@ -27,9 +28,12 @@ from farfault_client.engine.states import (
     next_byte,
 )
 
+StateBytes: TypeAlias = bytearray | mmap.mmap
+"""A byte a page, as `states.encode` makes them."""
 SLICE_PAGES: Final = 1 << 20
 """A longer run is changed in slices of this many pages, so that a change needs little memory."""
 _UNDEFINED: Final = 0xFF
+_ABSENT: Final = bytes([ABSENT_BYTE])
 _INSTALLED, _REMOVED = int(PageState.INSTALLED), int(PageState.REMOVED)
 
 
@@ -53,15 +57,26 @@ def _run_pattern(states: tuple[PageState, ...]) -> re.Pattern[bytes]:
     return re.compile(b"[" + re.escape(members) + b"]+")
 
 
+def runs_in(states_of: StateBytes, first: int, count: int, *states: PageState) -> list[PageRun]:
+    """The runs of pages within ``[first, first + count)`` that are in one of the states, in order."""
+    search, found = _run_pattern(states).search, []
+    position, end = first, first + count
+    while match := search(states_of, position, end):
+        start, position = match.span()
+        found.append(PageRun(PageIndex(start), position - start))
+    return found
+
+
 class PageMap:
     """The state of every page.
 
     Args:
         page_count: pages of the guest, of whatever size; all start ABSENT.
+        memory: at least as many zero bytes that hold the states, for others to read; None: memory of its own.
     """
 
-    def __init__(self, page_count: int) -> None:
-        self._bytes = bytearray(page_count)
+    def __init__(self, page_count: int, memory: StateBytes | None = None) -> None:
+        self._bytes: StateBytes = bytearray(page_count) if memory is None else memory
         self._totals = [0] * len(PageState)
         self._totals[PageState.ABSENT] = page_count
         self.page_count = page_count
@@ -140,16 +155,11 @@ class PageMap:
         """The runs of pages within ``[first, first + count)`` that are in one of the states, in order."""
         if count == 1:
             return [PageRun(first, 1)] if self._bytes[first] >> STATE_SHIFT in states else []
-        search, found = _run_pattern(states).search, []
-        position, end = int(first), first + count
-        while match := search(self._bytes, position, end):
-            start, position = match.span()
-            found.append(PageRun(PageIndex(start), position - start))
-        return found
+        return runs_in(self._bytes, first, count, *states)
 
     def next_absent(self, start: int, limit: int, count_max: int) -> PageRun | None:
         """The first run of ABSENT pages in ``[start, limit)``, at most `count_max` long; None: there is none."""
-        first = self._bytes.find(ABSENT_BYTE, start, limit)
+        first = self._bytes.find(_ABSENT, start, limit)
         if first < 0:
             return None
         match = _ABSENT_RUN.match(self._bytes, first, min(first + count_max, limit))
@@ -162,21 +172,24 @@ class PageMap:
         if (first, end) == (0, self.page_count):
             return {state: self._totals[state] for state in PageState}
         counts = dict.fromkeys(PageState, 0)
-        missing = end - first
-        for state in (PageState.ABSENT, PageState.INSTALLED, PageState.REMOVED):
-            counts[state] = self._bytes.count(state << STATE_SHIFT, first, end)
-            missing -= counts[state]
-        if missing:
-            for byte, state in STATE_OF_BYTE.items():
-                if state in CARRY_PRIORITY:
-                    counts[state] += self._bytes.count(byte, first, end)
+        for start in range(first, end, SLICE_PAGES):
+            part = self._bytes[start : min(start + SLICE_PAGES, end)]
+            missing = len(part)
+            for state in (PageState.ABSENT, PageState.INSTALLED, PageState.REMOVED):
+                found = part.count(state << STATE_SHIFT)
+                counts[state] += found
+                missing -= found
+            if missing:
+                for byte, state in STATE_OF_BYTE.items():
+                    if state in CARRY_PRIORITY:
+                        counts[state] += part.count(byte)
         return counts
 
 
 _ABSENT_RUN: Final = _run_pattern((PageState.ABSENT,))
 
 
-def _check_defined(before: bytearray, first: int, page_input: PageInput, table: bytes) -> bytearray:
+def _check_defined(before: bytearray | bytes, first: int, page_input: PageInput, table: bytes) -> bytearray | bytes:
     """The run after the input."""
     after = before.translate(table)
     bad = after.find(_UNDEFINED)

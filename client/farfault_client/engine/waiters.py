@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from farfault_shim.layout import PageIndex, PageRun
@@ -20,7 +20,7 @@ class Waiter(NamedTuple):
         pages: what it waits for; all of them must be present.
     """
 
-    key: object
+    key: Hashable
     priority: Priority
     since: float
     pages: tuple[PageIndex, ...]

@@ -5,85 +5,86 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-SHRINK_S: Final = 0.005
-"""At most once in this time the window shrinks for a fault."""
-QUEUE_S: Final = 0.002
-"""Round trips may be longer than the shortest one by this much, or by a quarter, while the window still grows."""
+from farfault_client.engine.way import Departure, Way
+
 PACE_S: Final = 0.00025
-"""While threads wait, one background batch is sent in this time: the lane's guaranteed share."""
-EPOCH_S: Final = 2.0
-"""The shortest round trip is measured anew after this time, with the queue drained first: ways change."""
+"""While threads wait, one background batch is sent in this time: a fault has at most one younger batch before it."""
+BATCH_S: Final = 0.001
+"""A batch is as large as the way carries in this time, from `BATCH_BYTES_MIN` to what the engine allows."""
+BATCH_BYTES_MIN: Final = 64 << 10
+BATCHES_AHEAD: Final = 2
+"""Batches in flight beside what the way holds: the server reads one and we install one, and the window can grow."""
+QUIET_S: Final = 0.05
+"""After so long without a fault a queue on the way harms nobody yet."""
+QUIET_GAIN: Final = 1.25
+STARTUP_GAIN: Final = 2.0
+"""Until the way is seen full the window doubles in each round trip."""
+DRAIN_GAIN: Final = 0.5
 
 
 @dataclass
 class BackgroundWindow:
-    """The credit of the background lane.
-
-    The window doubles in each round trip (slow start: it finds the bandwidth-delay product in a few of them)
-    until round trips become longer, which says that bytes queue up on the way and more of them would only delay
-    the next fault. A demand fault takes the queue out of it and leaves what the way itself holds, at most once in
-    `SHRINK_S`; and while threads wait one batch goes out each `PACE_S`: so a fault is behind at most one batch
-    that was sent after it, and a guest that faults without pause does not starve the background.
+    """The credit of the background lane. Times are in seconds.
 
     Attributes:
         floor_bytes: never less than this.
         ceiling_bytes: never more than this; fills 20 Gbit/s at 25 ms.
+        batch_bytes_max: of one request.
+        size_bytes: may be in flight now.
+        batch_bytes: of the next request.
     """
 
     floor_bytes: int = 512 << 10
     ceiling_bytes: int = 64 << 20
+    batch_bytes_max: int = 1 << 20
 
     def __post_init__(self) -> None:
-        self.size_bytes = self.floor_bytes
-        self._last_shrink_at = float("-inf")
+        self._last_fault_at = float("-inf")
         self._last_sent_at = float("-inf")
-        self._shortest_s = float("inf")
-        self._latest_s = 0.0
-        self._epoch_began_at = float("-inf")
-        self._holds_until = float("-inf")
+        self.lost()
 
     def allows(self, in_flight_bytes: int, threads_wait: bool, now: float) -> bool:
-        """True if another batch may be sent at `now` (seconds)."""
+        """True if another batch may be sent at `now`."""
         if in_flight_bytes >= self.size_bytes:
             return False
         return not threads_wait or now - self._last_sent_at >= PACE_S
 
-    def sent(self, now: float) -> None:
-        """A background batch was sent."""
+    def sent(self, in_flight_bytes: int, now: float) -> Departure:
+        """A background batch was sent, while so much was in flight already. `arrived` wants what this returns."""
         self._last_sent_at = now
+        return self._way.departed(in_flight_bytes, now)
 
     def fault(self, now: float) -> None:
-        """A demand fault came at `now` (seconds)."""
-        if now - self._last_shrink_at < SHRINK_S:
-            return
-        self._last_shrink_at = now
-        if self._latest_s > self._shortest_s:
-            self.size_bytes = max(self.floor_bytes, int(self.size_bytes * self._shortest_s / self._latest_s))
+        """A demand fault came."""
+        was_quiet = now - self._last_fault_at > QUIET_S
+        self._last_fault_at = now
+        if was_quiet:
+            self._resize(now)
 
-    def arrived(self, size_bytes: int, now: float, round_trip_s: float = 0.0) -> None:
-        """Background bytes arrived at `now`, asked for `round_trip_s` ago."""
-        if now - self._epoch_began_at > EPOCH_S:
-            self._begin_epoch(round_trip_s, now)
-        self._shortest_s = min(self._shortest_s, round_trip_s)
-        self._latest_s = round_trip_s
-        if now < self._holds_until:
-            return
-        queued_s = round_trip_s - self._shortest_s
-        if queued_s <= max(QUEUE_S, self._shortest_s / 4):
-            self.size_bytes = min(self.ceiling_bytes, self.size_bytes + size_bytes)
-        elif queued_s > max(2 * QUEUE_S, self._shortest_s / 2):
-            self.size_bytes = max(self.floor_bytes, self.size_bytes - size_bytes // 4)
+    def arrived(self, size_bytes: int, now: float, departure: Departure) -> None:
+        """Background bytes arrived."""
+        self._way.arrived(size_bytes, now, departure)
+        self._resize(now)
 
     def lost(self) -> None:
         """The connection was lost; the next one may go another way."""
+        self._way = Way()
         self.size_bytes = self.floor_bytes
-        self._shortest_s = float("inf")
-        self._epoch_began_at = float("-inf")
+        self.batch_bytes = min(self.floor_bytes, self.batch_bytes_max)
 
-    def _begin_epoch(self, round_trip_s: float, now: float) -> None:
-        """Leaves as much in flight as the way holds without a queue, until what was sent before has arrived."""
-        if self._shortest_s < round_trip_s:
-            self.size_bytes = max(self.floor_bytes, int(self.size_bytes * self._shortest_s / round_trip_s))
-            self._holds_until = now + round_trip_s
-        self._epoch_began_at = now
-        self._shortest_s = float("inf")
+    def _resize(self, now: float) -> None:
+        way = self._way
+        holds_bytes = way.holds_bytes
+        if not holds_bytes:
+            return
+        self.batch_bytes = int(min(max(BATCH_BYTES_MIN, way.bytes_per_s * BATCH_S), self.batch_bytes_max))
+        ahead_bytes = BATCHES_AHEAD * self.batch_bytes
+        if now < way.drains_until:
+            wanted = holds_bytes * DRAIN_GAIN
+        elif way.is_starting:
+            wanted = holds_bytes * STARTUP_GAIN + ahead_bytes
+        elif now - self._last_fault_at > QUIET_S:
+            wanted = holds_bytes * QUIET_GAIN + ahead_bytes
+        else:
+            wanted = holds_bytes + ahead_bytes
+        self.size_bytes = int(min(max(wanted, self.floor_bytes), self.ceiling_bytes))

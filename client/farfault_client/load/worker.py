@@ -18,7 +18,6 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from farfault_client.load.timer import Timer
 from farfault_client.load.trace import Trace, read_trace
 from farfault_client.load.vcpus import Vcpus
 from farfault_client.load.verifier import SeedVerifier
-from farfault_client.session.answers import Answer
+from farfault_client.session.answers import Answer, Placed
 from farfault_client.session.connect import session_config
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session, SessionConfig
@@ -86,6 +85,9 @@ class Connection:
     def next_request(self, lane: Lane) -> pb.FetchRequest | None:
         load = self._worker.load
         return load.next_request(self._index) if load is not None else None
+
+    def placed(self, lane: Lane, placed: Placed) -> None:
+        raise AssertionError("no pages are shared, so nobody else places them")
 
     def answered(self, lane: Lane, answer: Answer) -> None:
         load = self._worker.load
@@ -314,7 +316,7 @@ def _delta(after: dict[str, float], before: dict[str, float]) -> dict[str, float
 
 
 def _session_config(server: ServerPlan) -> SessionConfig:
-    config = session_config(
+    return session_config(
         server.target,
         tls=Path(server.tls) if server.tls else None,
         insecure=server.insecure,
@@ -323,7 +325,6 @@ def _session_config(server: ServerPlan) -> SessionConfig:
         name=server.name,
         kind=pb.LEASE_KIND_CLONE,
     )
-    return replace(config, background_process=False)  # this is a process of its own
 
 
 async def serve() -> None:

@@ -62,19 +62,23 @@ class RamDigest:
         self._marks = bytearray(layout.page_count)
         self._sums = [[0] * -(-region.page_count // CHUNK_PAGES) for region in layout.regions]
 
-    def installed(self, run: PageRun, data: bytes | memoryview) -> None:
+    def installed(self, run: PageRun, data: bytes) -> None:
         """Pages of one region were installed with these bytes."""
         region = self._layout.region_of_page(run.first)
         size = region.page_size_bytes
-        first = run.first - region.first_page
-        sums = self._sums[region.index]
         done = 0
         while done < run.count:
-            chunk = (first + done) // CHUNK_PAGES
-            count = min(run.count - done, (chunk + 1) * CHUNK_PAGES - first - done)
+            first = run.first - region.first_page + done
+            count = min(run.count - done, CHUNK_PAGES - first % CHUNK_PAGES)
             part = data[done * size : (done + count) * size]
-            sums[chunk] = (sums[chunk] + pages_digest(part, first + done, size)) % DIGEST_MODULUS
+            self.summed(PageRun(PageIndex(run.first + done), count), pages_digest(part, first, size))
             done += count
+
+    def summed(self, run: PageRun, digest: int) -> None:
+        """Pages of one chunk of `CHUNK_PAGES` were installed; `digest` is their sum."""
+        region = self._layout.region_of_page(run.first)
+        sums, chunk = self._sums[region.index], (run.first - region.first_page) // CHUNK_PAGES
+        sums[chunk] = (sums[chunk] + digest) % DIGEST_MODULUS
         self._marks[run.first : run.end] = bytes([_SUMMED]) * run.count
 
     def leave_out(self, run: PageRun) -> None:

@@ -11,8 +11,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from farfault.v1 import pages_pb2 as pb
@@ -39,14 +39,17 @@ from farfault_shim.install.installer import (
     UffdInstaller,
 )
 from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
-from farfault_shim.uffd.userfaultfd import Fault, MappedBytes, Removed
+from farfault_shim.uffd.userfaultfd import Fault, Removed
 
+from farfault_client.bulk.messages import Target
+from farfault_client.bulk.shared_pages import SharedPages
 from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
+from farfault_client.engine.page_map import PageMap
 from farfault_client.metrics.slow_faults import SlowFaults
 from farfault_client.receive.digest import RamDigest
 from farfault_client.receive.fault_times import FaultResult, FaultTimes, Sent, Trip
 from farfault_client.receive.working_set import WorkingSet
-from farfault_client.session.answers import Answer, request_of
+from farfault_client.session.answers import Answer, Placed, request_of
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
 
@@ -137,7 +140,9 @@ class Pager:
         self.session = session
         self._on_removed = on_removed
         self._digest = digest
-        self.engine = FaultEngine(layout, config)
+        self._shared = SharedPages(layout.page_count)
+        session.share_pages(self._shared)
+        self.engine = FaultEngine(layout, config, PageMap(layout.page_count, self._shared.states))
         self.stats = PagerStats()
         self.slow_faults = SlowFaults()
         self.working_set = WorkingSet()
@@ -173,7 +178,8 @@ class Pager:
                 f"{layout_text(self.layout)}"
             )
         self._vmm = vmm
-        self._installer = _installer_of(vmm)
+        self._installer = _installer_of(vmm, self._shared)
+        self.session.place_into(*_target_of(vmm, with_digest=self._digest is not None))
         self._classifier = ExitClassifier(self.layout, self._slot_table, self.engine.pages)
         self._pending.clear()
         for waiter in self.engine.waiting:
@@ -188,6 +194,11 @@ class Pager:
             asyncio.get_running_loop().remove_reader(self._vmm.uffd.fileno())
         self._vmm = None
         self._installer = None
+        self.session.place_into(None)
+
+    def close(self) -> None:
+        """Gives back what the bulk process shared; after the session's `close`."""
+        self._shared.close()
 
     @property
     def attached(self) -> bool:
@@ -293,18 +304,24 @@ class Pager:
         assert self._vmm is not None
         assert self._vmm.uffd is not None
         assert self._installer is not None
-        for event in self._vmm.uffd.read_events(EVENTS_PER_WAKEUP_MAX):
-            match event:
-                case Fault(address=address, thread_id=thread_id):
-                    page = self._installer.page_of_fault(address)
-                    if page is None:
-                        logger.error("userfaultfd: fault at %#x, which is in no region", address)
-                        continue
-                    is_vcpu = self._is_vcpu(thread_id)
-                    self.stats.count("uffd_vcpu" if is_vcpu else "uffd_vmm")
-                    self._fault(PageKey(page), [page], Priority.VCPU if is_vcpu else Priority.VMM)
-                case Removed(start=start, end=end):
-                    self._removed(start, end)
+        with self._shared.first():
+            events = self._vmm.uffd.read_events(EVENTS_PER_WAKEUP_MAX)
+            awaited = [page for event in events if isinstance(event, Removed) for page in self._removed(event)]
+        for page in awaited:
+            self._install_zero(page)
+        for event in events:
+            if isinstance(event, Fault):
+                self._missed(event)
+
+    def _missed(self, fault: Fault) -> None:
+        assert self._installer is not None
+        page = self._installer.page_of_fault(fault.address)
+        if page is None:
+            logger.error("userfaultfd: fault at %#x, which is in no region", fault.address)
+            return
+        is_vcpu = self._is_vcpu(fault.thread_id)
+        self.stats.count("uffd_vcpu" if is_vcpu else "uffd_vmm")
+        self._fault(PageKey(page), [page], Priority.VCPU if is_vcpu else Priority.VMM)
 
     def _is_vcpu(self, thread_id: int) -> bool:
         assert self._vmm is not None
@@ -313,13 +330,13 @@ class Pager:
             self._tid_to_vcpu, self._tids_read_at = self._vmm.vcpu_tids(), now
         return thread_id in self._tid_to_vcpu
 
-    def _removed(self, start: int, end: int) -> None:
+    def _removed(self, event: Removed) -> Iterator[PageIndex]:
+        """Marks what the guest gave back; yields pages of it that a thread waits for."""
         assert self._installer is not None
-        for run in self._installer.pages_of_range(start, end):
+        for run in self._installer.pages_of_range(event.start, event.end):
+            yield from self.engine.removed(run)
             self._on_removed(run)
             self._leave_out(run)
-            for page in self.engine.removed(run):
-                self._install_zero(page)
 
     def _fault(
         self, key: VcpuKey | PageKey, pages: list[PageIndex], priority: Priority, since: float | None = None
@@ -362,6 +379,34 @@ class Pager:
 
     def answered(self, lane: Lane, answer: Answer) -> None:
         now = time.monotonic()
+        self._note_trip(lane, answer, now)
+        if self._installer is None:
+            self.engine.lost(answer.done)
+            return
+        lost_before = self.engine.stats.lost_pages
+        for install in self.engine.arrived(answer.extents, answer.done, now):
+            self._install(install, answer.data, answer.data_offset)
+        self._answered(lost_before, answer.refusals)
+
+    def placed(self, lane: Lane, placed: Placed) -> None:
+        now = time.monotonic()
+        self._note_trip(lane, placed, now)
+        lost_before = self.engine.stats.lost_pages
+        for run, existed, digest in placed.placements:
+            if self._digest is not None and existed:
+                self._digest.leave_out(run)
+            elif self._digest is not None:
+                self._digest.summed(run, digest)
+            self._wake_all(self.engine.placed(run, existed=existed))
+        if self._installer is None:
+            self.engine.lost(placed.done)
+            return
+        for install in self.engine.arrived(placed.extents, placed.done, now):
+            self._install(install, b"")
+        self.engine.stats.clipped_pages += placed.clipped_pages
+        self._answered(lost_before, placed.refusals)
+
+    def _note_trip(self, lane: Lane, answer: Answer | Placed, now: float) -> None:
         sent_at, in_flight = now, self._in_flight[lane]
         for done in answer.done:
             sent = in_flight.pop(done, None)
@@ -369,14 +414,11 @@ class Pager:
                 sent_at = min(sent_at, sent.at)
                 self.stats.times.answered(sent, now)
         self._trip = Trip(sent_at, now, (answer.server_queue_us + answer.server_read_us) * 1e-6)
-        if self._installer is None:
-            self.engine.lost(answer.done)
-            return
-        lost_before = self.engine.stats.lost_pages
-        for install in self.engine.arrived(answer.extents, answer.done, now):
-            self._install(install, answer.data, answer.data_offset)
+
+    def _answered(self, lost_before: int, refusals: Iterable[str]) -> None:
+        """An answer was dealt with: there may be more to ask for."""
         self._trip = None
-        reasons = set(answer.refusals)
+        reasons = set(refusals)
         if self.engine.stats.lost_pages > lost_before and not reasons:
             reasons = {"LEFT_OUT"}  # a request is called done, and not all of its pages came
         if reasons:
@@ -425,7 +467,7 @@ class Pager:
 
     # ---- into memory -----------------------------------------------------------------------------
 
-    def _install(self, order: Install, data: bytes | MappedBytes, base: int = 0) -> None:
+    def _install(self, order: Install, data: bytes, base: int = 0) -> None:
         """Puts pages into memory that the engine ordered; their bytes begin `base` + ``order.data_offset`` into `data`.
 
         Events may have to be read in between; what they remove is left out of the rest.
@@ -448,7 +490,7 @@ class Pager:
                 return
         raise RuntimeError(f"page {page}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
 
-    def _try_install(self, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> int:
+    def _try_install(self, run: PageRun, data: bytes, data_offset: int) -> int:
         """Installs a run as far as it goes at once; zero pages where `data_offset` is negative. Returns pages done."""
         assert self._installer is not None
         zero = data_offset < 0
@@ -469,7 +511,7 @@ class Pager:
         self._sum(result, run, data, data_offset)
         return self._installed(result, zero=zero)
 
-    def _sum(self, result: InstallResult, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> None:
+    def _sum(self, result: InstallResult, run: PageRun, data: bytes, data_offset: int) -> None:
         """Adds what was installed of a run to the digest, if there is one."""
         if self._digest is None:
             return
@@ -477,11 +519,10 @@ class Pager:
             self._digest.leave_out(part)
         if data_offset < 0:
             return
-        view = memoryview(data) if isinstance(data, bytes) else data.view
         page_size = self.layout.region_of_page(run.first).page_size_bytes
         for part in result.installed:
             begin = data_offset + (part.first - run.first) * page_size
-            self._digest.installed(part, view[begin : begin + part.count * page_size])
+            self._digest.installed(part, data[begin : begin + part.count * page_size])
 
     def _leave_out(self, run: PageRun) -> None:
         if self._digest is not None:
@@ -537,9 +578,18 @@ class Pager:
         task.add_done_callback(self._tasks.discard)
 
 
-def _installer_of(vmm: AttachedVmm) -> Installer:
+def _target_of(vmm: AttachedVmm, *, with_digest: bool) -> tuple[Target, list[int]]:
+    """The VMM's memory for the bulk process, and the descriptors that it takes to reach it."""
+    uffds = {"uffd": vmm.uffd, "alias_uffd": vmm.alias_uffd}
+    descriptors = {name: uffd.fileno() for name, uffd in uffds.items() if uffd is not None}
     if vmm.uffd is None:
-        return FileInstaller(vmm.layout, vmm.ram_fds)
+        descriptors = {f"ram{index}": number for index, number in enumerate(vmm.ram_fds)}
+    return Target(replace(vmm.handover, descriptors=tuple(descriptors)), with_digest), list(descriptors.values())
+
+
+def _installer_of(vmm: AttachedVmm, shared: SharedPages) -> Installer:
+    if vmm.uffd is None:
+        return FileInstaller(vmm.layout, vmm.ram_fds, shared.first)
     return UffdInstaller(vmm.layout, vmm.handover, vmm.uffd, vmm.alias_uffd)
 
 

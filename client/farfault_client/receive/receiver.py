@@ -163,6 +163,8 @@ class Receiver:
         self._removed.close()
         self._forget_exit()
         await self.session.close()
+        if self.pager is not None:
+            self.pager.close()
         self.journal.unlock()
 
     async def give_back(self) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from farfault.v1 import pages_pb2 as pb
 
-from farfault_client.session.answers import Answer
+from farfault_client.session.answers import Answer, Placed
 from farfault_client.session.lane import Lane, LaneUser
 
 SILENCE_MAX_S = {Lane.DEMAND: 8.0, Lane.BACKGROUND: 20.0}
@@ -36,14 +36,21 @@ class AnswerWatch:
         return request
 
     def answered(self, lane: Lane, answer: Answer) -> None:
-        self._answered_at = self._clock()
-        for request_id in answer.done:
-            self._sent_at.pop(request_id, None)
+        self._done(answer.done)
         self._user.answered(lane, answer)
+
+    def placed(self, lane: Lane, placed: Placed) -> None:
+        self._done(placed.done)
+        self._user.placed(lane, placed)
 
     def lane_lost(self, lane: Lane) -> None:
         self._sent_at.clear()
         self._user.lane_lost(lane)
+
+    def _done(self, request_ids: Iterable[int]) -> None:
+        self._answered_at = self._clock()
+        for request_id in request_ids:
+            self._sent_at.pop(request_id, None)
 
     def complaint(self, lane: Lane) -> str:
         """Why the lane is to be taken for lost; empty: it is well."""

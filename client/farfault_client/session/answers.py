@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from farfault.checksum import checksum_of
 from farfault.codec import DecodedBatch
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.layout import Layout, PageIndex, PageRun
-from farfault_shim.uffd.userfaultfd import MappedBytes
 
 from farfault_client.engine import Extent, ExtentResult, Fetch
 
@@ -34,12 +34,56 @@ class Answer(NamedTuple):
     """
 
     extents: list[Extent]
-    data: bytes | MappedBytes
+    data: bytes
     data_offset: int
     done: tuple[int, ...]
     refusals: tuple[str, ...]
     server_queue_us: int
     server_read_us: int
+
+
+class Placement(NamedTuple):
+    """Pages that are in guest memory.
+
+    Attributes:
+        run: the pages.
+        existed: somebody else had installed them.
+        digest: of what was installed (`farfault.digest.pages_digest`); 0 where nobody asked for it.
+    """
+
+    run: PageRun
+    existed: bool
+    digest: int
+
+
+class Placed(NamedTuple):
+    """A verified answer whose pages another process has put into guest memory.
+
+    Attributes:
+        placements: what is in memory now.
+        extents: those without data, zero or refused.
+        done, refusals, server_queue_us, server_read_us: as of `Answer`.
+        clipped_pages: pages with data that were left out, as nobody asked for them or they were removed since.
+    """
+
+    placements: list[Placement]
+    extents: list[Extent]
+    done: tuple[int, ...]
+    refusals: tuple[str, ...]
+    clipped_pages: int
+    server_queue_us: int
+    server_read_us: int
+
+
+def sort_extents(extents: Iterable[tuple[PageRun, int]]) -> tuple[list[Extent], tuple[str, ...]]:
+    """Runs with their kinds on the wire as extents, and the names of the refusals among them."""
+    found, refusals = [], []
+    for run, kind in extents:
+        result = _RESULTS.get(kind, ExtentResult.REFUSED)
+        if result is ExtentResult.REFUSED:
+            refusals.append(_status_name(kind))
+        found.append(Extent(run, result))
+    return found, tuple(refusals)
 
 
 def request_of(fetch: Fetch, layout: Layout) -> pb.FetchRequest:
@@ -51,17 +95,16 @@ def request_of(fetch: Fetch, layout: Layout) -> pb.FetchRequest:
     return pb.FetchRequest(request_id=fetch.request_id, priority=int(fetch.priority), ranges=ranges)  # type: ignore[arg-type]
 
 
-_RESULTS = {pb.EXTENT_KIND_DATA: ExtentResult.DATA, pb.EXTENT_KIND_ZERO: ExtentResult.ZERO}
+_RESULTS: dict[int, ExtentResult] = {pb.EXTENT_KIND_DATA: ExtentResult.DATA, pb.EXTENT_KIND_ZERO: ExtentResult.ZERO}
 
 
-def verify(decoded: DecodedBatch, layout: Layout, generation: int, *, data_checked: bool = False) -> Answer:
+def verify(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
     """Checks an answer: generation, ranges, length and checksum.
 
     Args:
         decoded: the answer.
         layout: guest memory.
         generation: that the answer must be of.
-        data_checked: the checksum was compared already, in another process.
 
     Raises:
         BadAnswerError: with what is wrong; nothing of the answer may be used.
@@ -93,11 +136,11 @@ def verify(decoded: DecodedBatch, layout: Layout, generation: int, *, data_check
         extents.append(Extent(run, result))
     if decoded.data_length != expected_bytes:
         raise BadAnswerError(f"{decoded.data_length} bytes of data for {expected_bytes} bytes of pages")
-    if not data_checked and checksum_of(batch, decoded.data) != batch.checksum:
+    if checksum_of(batch, decoded.data) != batch.checksum:
         raise BadAnswerError(f"checksum of {expected_bytes} bytes does not match")
     return Answer(
         extents,
-        decoded.buffer,  # type: ignore[arg-type]  # a bare view is only verified, it never leaves the bulk process
+        decoded.buffer,  # type: ignore[arg-type]  # of a bulk stream it is a view of its buffer, which nobody looks at
         decoded.data_offset,
         tuple(batch.done_request_ids),
         tuple(refusals),

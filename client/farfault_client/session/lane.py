@@ -11,7 +11,7 @@ from typing import Protocol
 
 from farfault.v1 import pages_pb2 as pb
 
-from farfault_client.session.answers import Answer
+from farfault_client.session.answers import Answer, Placed
 
 
 class Lane(Enum):
@@ -63,6 +63,9 @@ class LaneUser(Protocol):
 
     def answered(self, lane: Lane, answer: Answer) -> None:
         """A verified answer. Its data is only valid during the call."""
+
+    def placed(self, lane: Lane, placed: Placed) -> None:
+        """A verified answer whose pages were put into the memory that `Session.place_into` named."""
 
     def lane_lost(self, lane: Lane) -> None:
         """Nothing that is in flight on the lane will be answered."""

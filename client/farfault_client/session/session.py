@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -21,6 +21,8 @@ from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
 from farfault_client.bulk.lane import BulkHost, ProcessLane
+from farfault_client.bulk.messages import Target
+from farfault_client.bulk.shared_pages import SharedPages
 from farfault_client.session.answer_watch import AnswerWatch
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.backoff import backoff
@@ -52,7 +54,6 @@ class SessionConfig:
         demand_streams: parallel demand streams over gRPC.
         background_streams: parallel background streams.
         express: use the express lane where the server offers one.
-        background_process: carry the background lane in a process of its own.
     """
 
     peer: Peer
@@ -62,7 +63,6 @@ class SessionConfig:
     demand_streams: int = 1
     background_streams: int = 2
     express: bool = True
-    background_process: bool = True
 
 
 class Session:
@@ -90,6 +90,8 @@ class Session:
         self._opened_at = 0.0
         self._bad_in_a_row = 0
         self._answers_at_bad = 0
+        self._shared: SharedPages | None = None
+        self._target: tuple[Target | None, Sequence[int]] = (None, ())
         self._bulk: BulkHost | None = None
         # Connections in a row that carried nothing: every second attempt leaves a lane's own port alone.
         self._fruitless = dict.fromkeys(Lane, 0)
@@ -156,6 +158,20 @@ class Session:
         self.lease.generation = generation
 
     # ---- lanes -----------------------------------------------------------------------------------
+
+    def share_pages(self, shared: SharedPages) -> None:
+        """Before `start`: background lanes run in a process of their own, which puts pages into memory by itself.
+
+        Args:
+            shared: the state of every page, which that process looks at; it stays the caller's.
+        """
+        self._shared = shared
+
+    def place_into(self, target: Target | None, descriptors: Sequence[int] = ()) -> None:
+        """The memory that the background's pages go into from now on; see `BulkHost.place_into`."""
+        self._target = (target, descriptors)
+        if self._bulk is not None:
+            self._bulk.place_into(target, descriptors)
 
     def start(self, user: LaneUser, lanes: Iterable[Lane] = tuple(Lane)) -> None:
         """Lets pages flow on these lanes, and keeps them flowing over losses, until `close`."""
@@ -282,11 +298,11 @@ class Session:
         if self._fruitless[Lane.BACKGROUND] % 2:
             express_port = port = 0
         peer = config.peer.at_port(port) if port else config.peer
-        if not config.background_process:
+        if self._shared is None:
             return GrpcLane(Lane.BACKGROUND, peer, self.lease, user, stats, streams=streams)
         if express_port:
             peer, streams = config.peer.at_port(express_port), 0
-        return ProcessLane(self._bulk_host(), peer, self.lease, user, stats, streams=streams)
+        return ProcessLane(self._bulk_host(self._shared), peer, self.lease, user, stats, streams=streams)
 
     def _port(self, kind: pb.LaneKind) -> int:
         assert self.opened is not None
@@ -298,9 +314,11 @@ class Session:
         page_bytes = max(region.page_size_bytes for region in self.opened.regions)
         return max(min(self.opened.limits.max_batch_bytes, MESSAGE_BYTES_MAX), page_bytes)
 
-    def _bulk_host(self) -> BulkHost:
+    def _bulk_host(self, shared: SharedPages) -> BulkHost:
         if self._bulk is None:
-            self._bulk = BulkHost(self._batch_bytes_max)
+            assert self.lease is not None
+            self._bulk = BulkHost(shared, self.lease.layout.page_count, self._batch_bytes_max)
+            self._bulk.place_into(*self._target)
         return self._bulk
 
     def _take(self, granted: Lease) -> None:

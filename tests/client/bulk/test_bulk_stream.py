@@ -1,26 +1,26 @@
-"""Frames of an express background lane go straight into slots, and nothing unverified leaves them."""
+"""Frames of an express background lane go into one buffer, and nothing unverified leaves it."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 from farfault.checksum import batch_checksum
 from farfault.codec import encode_batch
 from farfault.v1 import pages_pb2 as pb
-from farfault_client.bulk.ring import SLOTS, SlotRing, make_memory
-from farfault_client.bulk.stream import BulkStream, SlotAnswer, connect
+from farfault_client.bulk.stream import BulkStream, StreamAnswer, connect
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.frames import LENGTH
 from farfault_client.session.lane import LaneLostError
 from farfault_client.session.lease import Lease, Peer
+from farfault_shim.install.installer import InstallResult, VmmGone
 from farfault_shim.layout import Layout
+from farfault_shim.uffd.userfaultfd import MappedBytes
 
 PAGE = 4096
-SLOT_BYTES = 64 << 10
+FRAME_BYTES_MAX = 64 << 10
 GENERATION = 7
 TIMEOUT_S = 10.0
 LEASE = Lease("lease", "token", GENERATION, Layout([(1 << 20, PAGE)]))
@@ -66,27 +66,26 @@ class Server:
 
 
 class Client:
-    """A bulk stream with its ring."""
+    """A bulk stream, and what it has brought."""
 
     def __init__(self) -> None:
-        memory = make_memory(SLOT_BYTES)
-        self.ring = SlotRing(memory, SLOT_BYTES)
-        os.close(memory)
-        self.free = list(range(SLOTS))
-        self.answers: asyncio.Queue[SlotAnswer] = asyncio.Queue()
+        self.buffer = MappedBytes.allocate(FRAME_BYTES_MAX)
+        self.answers: asyncio.Queue[tuple[StreamAnswer, bytes]] = asyncio.Queue()
+        self.error: Exception | None = None
         self.stream: BulkStream | None = None
 
     def make(self) -> BulkStream:
-        take: Callable[[], int | None] = lambda: self.free.pop() if self.free else None  # noqa: E731
-        return BulkStream(LEASE, self.ring, take, self.free.append, self.answers.put_nowait)
+        return BulkStream(LEASE, self.buffer, self._answered)
 
-    async def answer(self) -> SlotAnswer:
+    def _answered(self, answer: StreamAnswer) -> None:
+        if self.error is not None:
+            raise self.error
+        offset = answer.batch.data_offset
+        self.answers.put_nowait((answer, self.buffer[offset : offset + answer.batch.data_length]))
+
+    async def answer(self) -> tuple[StreamAnswer, bytes]:
         async with asyncio.timeout(TIMEOUT_S):
             return await self.answers.get()
-
-    def pages(self, answer: SlotAnswer) -> bytes:
-        offset = answer.batch.data_offset
-        return bytes(self.ring.slot(answer.slot).view[offset : offset + answer.batch.data_length])
 
 
 @asynccontextmanager
@@ -118,8 +117,9 @@ async def test_pages_are_where_the_socket_put_them() -> None:
         async with asyncio.timeout(TIMEOUT_S):
             assert await server.requests.get() == b"a request"
         server.send(frame(3, 15, done=9))
-        answer = await client.answer()
-        assert client.pages(answer) == bytes([5]) * 15 * PAGE
+        answer, pages = await client.answer()
+        assert pages == bytes([5]) * 15 * PAGE
+        assert [(run.first, run.count) for run, _ in answer.answer.extents] == [(3, 15)]
         assert list(answer.batch.header.done_request_ids) == [9]
         assert answer.batch.header.data == b""
         assert answer.wire_bytes == len(frame(3, 15, done=9))
@@ -133,27 +133,32 @@ async def test_frames_come_in_any_pieces() -> None:
             server.send(frames[start : start + 1009])
             await asyncio.sleep(0)
         answers = [await client.answer() for _ in range(3)]
-        assert [list(answer.batch.header.done_request_ids) for answer in answers] == [[1], [2], [3]]
+        assert [answer.answer.done for answer, _ in answers] == [(1,), (2,), (3,)]
 
 
-async def test_without_a_free_slot_it_waits() -> None:
+async def test_it_stands_still_while_it_is_paused() -> None:
     server = Server()
     async with connected(server) as client:
-        client.free[:] = [4]
-        for number in range(1, 4):
-            server.send(frame(number, 1, done=number, fill=number))
-        for number in range(1, 4):
-            answer = await client.answer()
-            assert answer.slot == 4
-            assert client.pages(answer)[0] == number
-            assert client.answers.empty()
-            client.free.append(answer.slot)
-            assert client.stream is not None
-            client.stream.slot_freed()
+        assert client.stream is not None
+        client.stream.pause()
+        server.send(frame(1, 1))
+        await asyncio.sleep(0.05)
+        assert client.answers.empty()
+        client.stream.resume()
+        await client.answer()
+
+
+async def test_it_ends_when_its_pages_cannot_be_placed() -> None:
+    server = Server()
+    async with connected(server) as client:
+        client.error = VmmGone("the VMM has exited", InstallResult())
+        server.send(frame(1, 1))
+        with pytest.raises(LaneLostError, match="the VMM has exited"):
+            await ended(client)
 
 
 @pytest.mark.parametrize("place", [0.3, 0.99])
-async def test_a_damaged_frame_ends_it_and_leaves_no_slot_behind(place: float) -> None:
+async def test_a_damaged_frame_ends_it(place: float) -> None:
     server = Server()
     async with connected(server) as client:
         bad = bytearray(frame(3, 8))
@@ -161,7 +166,6 @@ async def test_a_damaged_frame_ends_it_and_leaves_no_slot_behind(place: float) -
         server.send(bytes(bad))
         with pytest.raises(BadAnswerError):
             await ended(client)
-        assert sorted(client.free) == list(range(SLOTS))
         assert client.answers.empty()
 
 
@@ -173,7 +177,7 @@ async def test_memory_of_another_generation_is_refused() -> None:
             await ended(client)
 
 
-@pytest.mark.parametrize("length", [0, SLOT_BYTES + 1, 0xFFFF_FFFF])
+@pytest.mark.parametrize("length", [0, FRAME_BYTES_MAX + 1, 0xFFFF_FFFF])
 async def test_a_length_that_cannot_be_ends_it(length: int) -> None:
     server = Server()
     async with connected(server) as client:
@@ -182,7 +186,7 @@ async def test_a_length_that_cannot_be_ends_it(length: int) -> None:
             await ended(client)
 
 
-async def test_a_connection_that_ends_in_the_middle_gives_its_slot_back() -> None:
+async def test_a_connection_may_end_in_the_middle() -> None:
     server = Server()
     async with connected(server) as client:
         server.send(frame(3, 8)[:-1])
@@ -190,7 +194,6 @@ async def test_a_connection_that_ends_in_the_middle_gives_its_slot_back() -> Non
         server.writer.close()
         with pytest.raises(LaneLostError):
             await ended(client)
-        assert sorted(client.free) == list(range(SLOTS))
 
 
 async def test_a_refusal_has_the_server_s_words() -> None:

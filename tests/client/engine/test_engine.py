@@ -401,7 +401,7 @@ def test_installed_pages_are_counted_once() -> None:
 
 
 def test_neighbours_are_asked_for_after_demand_and_within_a_batch() -> None:
-    engine = engine_of((1024 * PAGE, PAGE), batch_bytes_max=4 * PAGE)
+    engine = engine_of((1024 * PAGE, PAGE), prefetch_bytes_max=4 * PAGE)
     for page in (10, 11, 12, 15, 20, 29):
         fault(engine, "a", page)
         answer(engine, demand(engine))
@@ -411,3 +411,24 @@ def test_neighbours_are_asked_for_after_demand_and_within_a_batch() -> None:
             answer(engine, prefetch)
     assert engine.stats.prefetched_pages == 2 + 4 + 8 + 16
     assert engine.pages.is_present(29 + 16)
+
+
+def test_pages_that_another_process_placed_wake_their_threads() -> None:
+    engine = engine_of((16 * PAGE, PAGE))
+    while engine.next_background(0.0):
+        pass
+    engine.fault("a", [PageIndex(3)], Priority.VCPU, 1.0)
+    assert [waiter.key for waiter in engine.placed(run(0, 8))] == ["a"]
+    assert engine.placed(run(8, 8), existed=True) == []
+    assert engine.finished
+    assert (engine.stats.installed_pages, engine.stats.existed_pages) == (8, 8)
+
+
+def test_placed_pages_that_were_removed_since_stay_removed() -> None:
+    engine = engine_of((16 * PAGE, PAGE))
+    while engine.next_background(0.0):
+        pass
+    engine.removed(run(2, 3))
+    assert engine.placed(run(0, 16)) == []
+    assert [engine.pages.state(page) is PageState.REMOVED for page in (1, 2, 4, 5)] == [False, True, True, False]
+    assert engine.stats.installed_pages == 13

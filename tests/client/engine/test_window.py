@@ -7,7 +7,16 @@ import random
 
 import pytest
 from farfault_client.engine import EngineConfig, Extent, ExtentResult, FaultEngine, Fetch, Priority
-from farfault_client.engine.window import PACE_S, QUEUE_S, SHRINK_S, BackgroundWindow
+from farfault_client.engine.way import EPOCH_S, RATE_ROUNDS, Way
+from farfault_client.engine.window import (
+    BATCH_BYTES_MIN,
+    BATCH_S,
+    BATCHES_AHEAD,
+    PACE_S,
+    QUIET_GAIN,
+    QUIET_S,
+    BackgroundWindow,
+)
 from farfault_shim.layout import Layout, PageIndex
 
 PAGE, HUGE = 4096, 2 << 20
@@ -86,7 +95,7 @@ def test_the_queue_on_the_way_stays_short() -> None:
     """A window without end would put seconds of bytes before the next fault on a slow link."""
     link = Link(_engine(1 << 30), 125e6, 0.001)  # eight seconds: four epochs
     link.run(1e9)
-    assert link.in_flight_max <= 125e6 * (0.001 + 3 * QUEUE_S) + 4 * BATCH
+    assert link.in_flight_max <= 125e6 * 0.010 + 4 * BATCH
 
 
 def test_a_longer_way_is_learnt() -> None:
@@ -129,36 +138,84 @@ def test_a_guest_that_faults_without_pause_does_not_starve_it() -> None:
     assert engine.finished
 
 
-def test_a_fault_takes_the_queue_out_of_the_way_once_in_a_while() -> None:
+def steady(window: BackgroundWindow, bytes_per_s: float, rtt_s: float, begin: float, seconds: float) -> float:
+    """Keeps as much in flight as the window says, over a way that never queues. Returns when it stopped."""
+    now, in_flight = begin, 0
+    answers: list[tuple[float, int, object]] = []
+    free_at = begin
+    while now < begin + seconds:
+        while in_flight < window.size_bytes:
+            departure = window.sent(in_flight, now)
+            free_at = max(free_at, now) + window.batch_bytes / bytes_per_s
+            answers.append((free_at + rtt_s, window.batch_bytes, departure))
+            in_flight += window.batch_bytes
+        now, size_bytes, departure = answers.pop(0)
+        in_flight -= size_bytes
+        window.arrived(size_bytes, now, departure)  # type: ignore[arg-type]
+    return now
+
+
+def test_it_holds_what_the_way_does_and_two_batches() -> None:
     window = BackgroundWindow()
-    window.size_bytes = 16 << 20
-    window.arrived(0, 1.0, 0.010)
-    window.arrived(0, 1.1, 0.016)  # 6 ms of queue
-    window.fault(1.2)
-    assert window.size_bytes == 10 << 20
-    window.fault(1.2 + SHRINK_S / 2)
-    assert window.size_bytes == 10 << 20
-    for step in range(20):
-        window.fault(2.0 + step)
+    now = steady(window, 1e9, 0.010, 0.0, 1.0)
+    window.fault(now)
+    batch = window.batch_bytes
+    assert batch == pytest.approx(1e9 * BATCH_S, rel=0.1)
+    assert window.size_bytes == pytest.approx(1e9 * 0.010 + (1 + BATCHES_AHEAD) * batch, rel=0.15)
+    before = window.size_bytes
+    now = steady(window, 1e9, 0.010, now, QUIET_S * 2)  # no fault for a while
+    assert window.size_bytes == pytest.approx(before * QUIET_GAIN, rel=0.15)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "batch"), [(12.5e6, BATCH_BYTES_MIN), (125e6, 125_000), (12.5e9, 1 << 20)])
+def test_a_batch_takes_the_way_a_millisecond(bytes_per_s: float, batch: int) -> None:
+    window = BackgroundWindow()
+    steady(window, bytes_per_s, 0.001, 0.0, 1.0)
+    assert window.batch_bytes == pytest.approx(batch, rel=0.1)
+
+
+def test_a_way_that_has_become_slow_holds_less() -> None:
+    window = BackgroundWindow()
+    now = steady(window, 1e9, 0.010, 0.0, 0.5)
+    before = window.size_bytes
+    steady(window, 1e8, 0.010, now, 2 * (2 * RATE_ROUNDS) * 0.1)
+    assert window.size_bytes < before / 4
+
+
+def test_it_ends_at_its_ceiling_and_begins_at_its_floor_again() -> None:
+    window = BackgroundWindow()
+    steady(window, 1e11, 0.025, 0.0, 1.0)
+    assert window.size_bytes == window.ceiling_bytes
+    window.lost()
     assert window.size_bytes == window.floor_bytes
 
 
-def test_a_fault_leaves_a_way_without_a_queue_full() -> None:
-    window = BackgroundWindow()
-    window.size_bytes = 16 << 20
-    window.fault(0.5)
-    for step in range(5):
-        window.arrived(0, 1.0 + step, 0.010)
-        window.fault(1.0 + step)
-    assert window.size_bytes == 16 << 20
+def test_answers_in_a_burst_do_not_make_the_way_look_fast() -> None:
+    """The receiver was busy for 5 ms; eight answers that came meanwhile are taken within a microsecond."""
+    way, rate, in_flight = Way(), 1e8, 0
+    departures = []
+    for step in range(200):
+        departures.append(way.departed(in_flight, step * 0.001))
+        in_flight += 100_000
+        if step % 5 == 4:
+            for departure in departures:
+                way.arrived(100_000, step * 0.001 + 1e-6, departure)
+            departures, in_flight = [], 0
+    assert way.bytes_per_s < 1.3 * rate
 
 
-def test_it_grows_under_faults_too_and_up_to_its_ceiling() -> None:
-    window = BackgroundWindow()
-    for step in range(1000):
-        window.fault(2.0 + step * 0.001)
-        window.arrived(BATCH, 2.0 + step * 0.001, 0.001)
-    assert window.size_bytes == window.ceiling_bytes
+def test_a_shortest_round_trip_is_measured_anew() -> None:
+    way = Way()
+    way.arrived(1000, 0.001, way.departed(0, 0.0))
+    assert way.holds_bytes == pytest.approx(1000)
+    now = 0.0
+    for _ in range(3):
+        now += EPOCH_S + 0.1
+        way.arrived(1000, now + 0.1, way.departed(0, now))
+        assert way.drains_until == pytest.approx(now + 0.2)
+    assert way.holds_bytes == pytest.approx(0.001 * way.bytes_per_s)  # what came last came before the queue had drained
+    way.arrived(1000, now + 0.3, way.departed(0, now + 0.2))
+    assert way.holds_bytes == pytest.approx(0.1 * way.bytes_per_s)
 
 
 def test_a_guest_that_faults_without_pause_leaves_the_background_the_way() -> None:
@@ -172,15 +229,3 @@ def test_a_guest_that_faults_without_pause_leaves_the_background_the_way() -> No
         link.run(link.now + 0.0005)
     assert engine.finished
     assert (1 << 30) / PACE_LIMITED / link.now > 0.5
-
-
-def test_longer_round_trips_stop_it_and_much_longer_ones_shrink_it() -> None:
-    window = BackgroundWindow()
-    window.arrived(BATCH, 1.0, 0.010)
-    size = window.size_bytes
-    window.arrived(BATCH, 1.1, 0.010 + 0.003)
-    assert window.size_bytes == size
-    window.arrived(BATCH, 1.2, 0.030)
-    assert window.size_bytes < size
-    window.lost()
-    assert window.size_bytes == window.floor_bytes

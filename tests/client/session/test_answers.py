@@ -191,13 +191,3 @@ def test_more_requests_done_than_anybody_holds() -> None:
     too_many = tuple(range(DONE_MAX + 1))
     with pytest.raises(BadAnswerError, match="requests done"):
         verify(decode_batch(batch((0, 0, 1, ZERO), done=too_many).SerializeToString()), LAYOUT, GENERATION)
-
-
-def test_data_that_was_checked_in_another_process_is_not_checked_again() -> None:
-    message = batch((0, 0, 1, DATA))
-    message.checksum += 1
-    decoded = decode_batch(message.SerializeToString())
-    assert verify(decoded, LAYOUT, GENERATION, data_checked=True).done == (1,)
-    message.data = message.data[:-1]
-    with pytest.raises(BadAnswerError, match="bytes of data"):
-        verify(decode_batch(message.SerializeToString()), LAYOUT, GENERATION, data_checked=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -214,11 +215,18 @@ class FileInstaller:
     Args:
         layout: guest memory.
         ram_fds: a descriptor for each region, open for writing.
+        lock: held from the look whether a page is there until it is, where others install as well.
     """
 
-    def __init__(self, layout: Layout, ram_fds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        ram_fds: Sequence[int],
+        lock: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._layout = layout
         self._ram_fds = ram_fds
+        self._lock = lock
 
     def install(self, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> InstallResult:
         region = self._layout.region_of_page(run.first)
@@ -250,11 +258,11 @@ class FileInstaller:
     def _write(self, page: PageIndex, region: Region, data: bytes, result: InstallResult) -> None:
         descriptor = self._ram_fds[region.index]
         offset = (page - region.first_page) * region.page_size_bytes
-        if _has_data(descriptor, offset):
-            _extend(result.existed, page)
-            return
-        os.pwrite(descriptor, data, offset)
-        _extend(result.installed, page)
+        with self._lock():
+            exists = _has_data(descriptor, offset)
+            if not exists:
+                os.pwrite(descriptor, data, offset)
+        _extend(result.existed if exists else result.installed, page)
 
 
 def _has_data(descriptor: int, offset: int) -> bool:

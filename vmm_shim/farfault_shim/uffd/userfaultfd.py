@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import platform
 from pathlib import Path
@@ -59,6 +60,12 @@ class MappedBytes:
     def __init__(self, view: memoryview, address: int) -> None:
         self.view = view
         self.address = address
+
+    @classmethod
+    def allocate(cls, size_bytes: int) -> Self:
+        """Memory of its own, which lives as long as `view` does."""
+        memory = mmap.mmap(-1, size_bytes)
+        return cls(memoryview(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory)))
 
     def __len__(self) -> int:
         return len(self.view)

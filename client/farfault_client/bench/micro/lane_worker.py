@@ -18,11 +18,15 @@ from typing import Final
 
 from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import FarfaultError
+from farfault_shim.attach.wire import FaultSource, HandOver, HandOverRegion
 from farfault_shim.layout import PageIndex, PageRun
 from farfault_shim.uffd.userfaultfd import Userfaultfd
 
-from farfault_client.engine import ExtentResult, Fetch, Priority
-from farfault_client.session.answers import Answer, request_of
+from farfault_client.bulk.messages import Target
+from farfault_client.bulk.shared_pages import SharedPages
+from farfault_client.engine import Fetch, PageState, Priority
+from farfault_client.engine.states import encode
+from farfault_client.session.answers import Answer, Placed, request_of
 from farfault_client.session.connect import session_config
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
@@ -66,10 +70,12 @@ class Background:
         self._next_id += 1
         return request_of(fetch, self._layout)
 
-    def answered(self, answer: Answer) -> None:
-        for done in answer.done:
+    def placed(self, placed: Placed) -> None:
+        """Memory has neither zero pages nor holes: every page either was placed, or left out as nobody wants it."""
+        for done in placed.done:
             self._in_flight.pop(done)
-        self.received_bytes += sum(extent.run.count for extent in answer.extents) * 4096
+        pages = placed.clipped_pages + sum(placement.run.count for placement in placed.placements)
+        self.received_bytes += pages * mmap.PAGESIZE
         self._session.pump(Lane.BACKGROUND)
 
 
@@ -99,15 +105,15 @@ class FetchUser:
         return request_of(Fetch(number + 1, Priority.VCPU, (run,), 4096), self._layout)
 
     def answered(self, lane: Lane, answer: Answer) -> None:
-        if lane is Lane.BACKGROUND:
-            assert self._background is not None
-            self._background.answered(answer)
-            return
         self.took_s.append(perf_counter() - self._asked_at)
         self._is_waiting = False
         if len(self.took_s) >= self._count:
             self.finished.set()
         self._session.pump(Lane.DEMAND)
+
+    def placed(self, lane: Lane, placed: Placed) -> None:
+        assert self._background is not None
+        self._background.placed(placed)
 
     def lane_lost(self, lane: Lane) -> None:
         if not self.finished.is_set():
@@ -115,11 +121,10 @@ class FetchUser:
 
 
 class BulkUser:
-    """Takes all of memory over the background lane, and installs it where there is a target."""
+    """Takes all of memory over the background lane."""
 
-    def __init__(self, background: Background, target: Target | None) -> None:
+    def __init__(self, background: Background) -> None:
         self._background = background
-        self._target = target
         self.began_at = 0.0
         self.took_s = 0.0
         self.finished = asyncio.Event()
@@ -132,9 +137,10 @@ class BulkUser:
         return self._background.next_request()
 
     def answered(self, lane: Lane, answer: Answer) -> None:
-        if self._target is not None:
-            self._target.install(answer)
-        self._background.answered(answer)
+        raise FarfaultError("the background did not come through a process of its own")
+
+    def placed(self, lane: Lane, placed: Placed) -> None:
+        self._background.placed(placed)
         if self._background.finished and not self.finished.is_set():
             self.took_s = perf_counter() - self.began_at
             self.finished.set()
@@ -144,22 +150,16 @@ class BulkUser:
             raise FarfaultError(f"the {lane.value} lane was lost")
 
 
-class Target:
+class Memory:
     """Memory of our own under a userfaultfd, where pages are installed that nobody waits for."""
 
     def __init__(self, size_bytes: int) -> None:
         self._memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_SHARED)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._uffd = Userfaultfd.create()
-        self._uffd.register(self._address, size_bytes)
-
-    def install(self, answer: Answer) -> None:
-        """Installs what an answer brought."""
-        offset = answer.data_offset
-        for run, result in answer.extents:
-            if result is ExtentResult.DATA:
-                self._uffd.copy(self._address + run.first * 4096, answer.data, offset, run.count * 4096)
-                offset += run.count * 4096
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.uffd = Userfaultfd.create()
+        self.uffd.register(address, size_bytes)
+        region = HandOverRegion(address, 0, size_bytes, 0, mmap.PAGESIZE)
+        self.handover = HandOver((region,), FaultSource.BLOCKING, ("uffd",))
 
 
 async def fetch(target: str, *, express: bool, count: int, with_background: bool) -> dict[str, float]:
@@ -167,6 +167,7 @@ async def fetch(target: str, *, express: bool, count: int, with_background: bool
     session = Session(session_config(target, express=express, kind=pb.LEASE_KIND_CLONE))
     await session.open()
     background = Background(session, endless=True) if with_background else None
+    _share_pages(session)
     user = FetchUser(session, count, background)
     began_at = perf_counter()
     session.start(user)
@@ -188,12 +189,25 @@ async def bulk(target: str, *, with_install: bool) -> dict[str, float]:
     """Rate of the background lane."""
     session = Session(session_config(target, kind=pb.LEASE_KIND_CLONE))
     lease = await session.open()
-    user = BulkUser(Background(session, endless=False), Target(lease.layout.size_bytes) if with_install else None)
+    user = BulkUser(Background(session, endless=False))
+    _share_pages(session)
+    memory = Memory(lease.layout.size_bytes) if with_install else None
+    if memory is not None:
+        session.place_into(Target(memory.handover, with_digest=False), [memory.uffd.fileno()])
     session.start(user)
     async with asyncio.timeout(TIMEOUT_S):
         await user.finished.wait()
     await session.close()
     return {"mb_per_s": lease.layout.size_bytes / 1e6 / user.took_s}
+
+
+def _share_pages(session: Session) -> None:
+    """Every page may be placed."""
+    assert session.lease is not None
+    page_count = session.lease.layout.page_count
+    shared = SharedPages(page_count)
+    shared.states[:page_count] = bytes([encode(PageState.IN_FLIGHT, Priority.BACKGROUND)]) * page_count
+    session.share_pages(shared)
 
 
 def main() -> None:

@@ -1,0 +1,107 @@
+"""What the background learns about its way to the page server: how fast it is, how long, and whether it is full.
+
+Measured on every answer, as BBR does (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14(5),
+2016): the highest rate at which bytes came back of late, and the shortest round trip.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+RATE_ROUNDS: Final = 6
+"""A rate is forgotten after one to two times as many round trips: whoever else needs the way, or a processor of
+ours, takes a part of it."""
+EPOCH_S: Final = 2.0
+"""A shortest round trip is forgotten after this: ways change."""
+STARTUP_GROWTH: Final = 1.25
+STARTUP_ROUNDS: Final = 3
+"""The way is full when the rate has not grown by `STARTUP_GROWTH` in so many round trips."""
+
+
+class Departure(NamedTuple):
+    """What was known when a request was sent. Times are in seconds.
+
+    Attributes:
+        at: when.
+        delivered_bytes, delivered_at: how much had come back by then, and when the last of it did.
+        delivered_sent_at: when that last one had been sent.
+    """
+
+    at: float
+    delivered_bytes: int
+    delivered_at: float
+    delivered_sent_at: float
+
+
+class Way:
+    """One connection's way, from its first request on.
+
+    Attributes:
+        is_starting: it has not been seen full yet.
+        drains_until: at the beginning of an epoch little should be sent until then, to see the way without a queue.
+    """
+
+    def __init__(self) -> None:
+        self.is_starting = True
+        self.drains_until = float("-inf")
+        self._delivered_bytes = 0
+        self._delivered_at = 0.0
+        self._delivered_sent_at = 0.0
+        self._highest = [0.0, 0.0]  # of the last `RATE_ROUNDS` and of these
+        self._shortest_s = float("inf")
+        self._shortest_of_epoch_s = float("inf")
+        self._epoch_began_at = float("-inf")
+        self._round_ends_at_bytes = 0
+        self._rounds = 0
+        self._full_rate = 0.0
+        self._rounds_without_growth = 0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The highest rate of late; 0: nothing has come back yet."""
+        return max(self._highest)
+
+    @property
+    def holds_bytes(self) -> float:
+        """What is in flight when the way is full and nothing queues up; 0: nothing has come back yet."""
+        rate = self.bytes_per_s
+        return rate * self._shortest_s if rate else 0.0
+
+    def departed(self, in_flight_bytes: int, now: float) -> Departure:
+        """A request was sent while so much was in flight already."""
+        if not in_flight_bytes:
+            self._delivered_at = self._delivered_sent_at = now  # nothing could come back in the meantime
+        return Departure(now, self._delivered_bytes, self._delivered_at, self._delivered_sent_at)
+
+    def arrived(self, size_bytes: int, now: float, departure: Departure) -> None:
+        """Its answer has come."""
+        self._delivered_bytes += size_bytes
+        self._delivered_at, self._delivered_sent_at = now, departure.at
+        round_trip_s = max(now - departure.at, 1e-9)
+        if now - self._epoch_began_at > EPOCH_S:
+            self._shortest_of_epoch_s = float("inf")
+            self._epoch_began_at = now
+            self.drains_until = now + round_trip_s
+        self._shortest_of_epoch_s = shortest_s = min(self._shortest_of_epoch_s, round_trip_s)
+        self._shortest_s = min(self._shortest_s, shortest_s) if now < self.drains_until else shortest_s
+        # Answers that waited for us come in one burst: then the time over which they had been asked for is the longer.
+        took_s = max(now - departure.delivered_at, departure.at - departure.delivered_sent_at, round_trip_s)
+        rate = (self._delivered_bytes - departure.delivered_bytes) / took_s
+        self._highest[-1] = max(self._highest[-1], rate)
+        if departure.delivered_bytes >= self._round_ends_at_bytes:
+            self._begin_round()
+
+    def _begin_round(self) -> None:
+        """What was in flight when the last round began has come back."""
+        self._round_ends_at_bytes = self._delivered_bytes
+        self._rounds += 1
+        rate = self.bytes_per_s
+        if self._rounds % RATE_ROUNDS == 0:
+            self._highest = [self._highest[-1], 0.0]
+        if not self.is_starting:
+            return
+        if rate >= self._full_rate * STARTUP_GROWTH:
+            self._full_rate, self._rounds_without_growth = rate, 0
+            return
+        self._rounds_without_growth += 1
+        self.is_starting = self._rounds_without_growth < STARTUP_ROUNDS
