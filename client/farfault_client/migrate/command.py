@@ -18,7 +18,7 @@ import click
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import PreflightError, UnreachableError, UsageError
 from farfault_cli.logs import configure_logging
-from farfault_shim.attach.listener import UNIX_PATH_BYTES_MAX
+from farfault_shim.unix_path import check_socket_path
 
 from farfault_client.migrate.follow import ReceiverClient, progress_bar, verdict_of
 from farfault_client.options import FILE, SIZE, default_state, log_options, source_options
@@ -148,8 +148,7 @@ def started_receiver(state: Path, arguments: list[str], *, ends_with_us: bool = 
         FarfaultError: it ended before it listened; with its own words and exit code on standard error.
     """
     control = state / CONTROL_NAME
-    if len(os.fsencode(control)) > UNIX_PATH_BYTES_MAX:
-        raise UsageError(f"{control} is too long for a socket", "name a shorter folder with --state")
+    check_socket_path(control, "name a shorter folder with --state")
     command = [sys.executable, "-m", "farfault_cli", "receive", *arguments, "--control", str(control), "--json"]
     receiver = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
