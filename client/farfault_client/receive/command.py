@@ -19,8 +19,9 @@ from farfault_client.metrics.observe import observe
 from farfault_client.metrics.options import ObserveOptions, observe_options
 from farfault_client.options import FILE, default_state, log_options, source_options
 from farfault_client.receive.control import ControlService, serve_control
+from farfault_client.receive.endings import outcome, told_to_end
 from farfault_client.receive.journal import Step
-from farfault_client.receive.receiver import Receiver, ReceiverConfig, outcome, told_to_end
+from farfault_client.receive.receiver import Receiver, ReceiverConfig
 from farfault_client.receive.summary import summary_of
 from farfault_client.session.connect import session_config
 
@@ -146,12 +147,12 @@ async def _receive(
         await _drive(receiver, step, asked)
         return receiver.status()
     except FarfaultError as error:
-        seen = outcome(receiver, error)
+        seen = outcome(receiver.journal, error)
         receiver.fail(seen)
         await receiver.give_back()
         raise seen from error
     except asyncio.CancelledError:
-        ended = told_to_end(receiver)
+        ended = told_to_end(receiver.journal)
         receiver.fail(ended)
         await receiver.give_back()
         raise ended from None
