@@ -154,7 +154,8 @@ class Recovery:
         try:
             if lacks:
                 await move.roll_back(FarfaultError(lacks))
-            await self._attached.wait()
+            async with self._source.held(at_once=True):
+                await self._attached.wait()
             await move.finish()
         except RolledBackError:
             await self._destination.discard()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -21,6 +23,12 @@ from farfault_client.session.backoff import backoff
 from farfault_client.session.lease import explain
 from farfault_client.session.session import Session
 
+logger = logging.getLogger(__name__)
+
+RESUME_AFTER_S = 5.0
+"""The source VM, stopped for us, runs again by itself when it has not heard of us for so long before the hand-over."""
+HOLD_INTERVAL_S = 1.0
+"""How often it hears of us."""
 CALL_TIMEOUT_S = 15.0
 SUSPEND_TIMEOUT_S = 60.0
 DEVICE_STATE_BYTES_MAX = 1 << 30
@@ -53,7 +61,9 @@ class SourceVm:
         digest, held, frozen = xxhash.xxh3_64(), b"", False
         try:
             call = self._stub().Suspend(
-                pb.SuspendRequest(), metadata=self._session.lease_metadata(), timeout=SUSPEND_TIMEOUT_S
+                pb.SuspendRequest(resume_after_ms=int(RESUME_AFTER_S * 1000)),
+                metadata=self._session.lease_metadata(),
+                timeout=SUSPEND_TIMEOUT_S,
             )
             async for chunk in call:
                 if not frozen and chunk.generation:
@@ -77,6 +87,44 @@ class SourceVm:
         except grpc.aio.AioRpcError as error:
             raise explain(error, self._session.config.peer.target) from error
         raise FarfaultError("device state ended early", "see the page server's log")
+
+    @contextlib.asynccontextmanager
+    async def held(self, *, at_once: bool = False) -> AsyncIterator[None]:
+        """Meanwhile the source VM hears of us, and so stays stopped for us.
+
+        It may be taken back all the same, if nothing comes through to it: then `hand_over` is refused.
+
+        Args:
+            at_once: it may have waited for us before, for an earlier receiver of the move.
+        """
+        holding = asyncio.get_running_loop().create_task(self._hold(at_once=at_once), name="hold the source VM")
+        try:
+            yield
+        finally:
+            holding.cancel()
+            await asyncio.gather(holding, return_exceptions=True)
+
+    async def _hold(self, *, at_once: bool) -> None:
+        calls: set[asyncio.Task[None]] = set()
+        try:
+            if not at_once:
+                await asyncio.sleep(HOLD_INTERVAL_S)
+            while True:
+                # None waits for the answer to the one before: on a slow link several are under way.
+                call = asyncio.get_running_loop().create_task(self._hold_once())
+                calls.add(call)
+                call.add_done_callback(calls.discard)
+                await asyncio.sleep(HOLD_INTERVAL_S)
+        finally:
+            for call in calls:
+                call.cancel()
+
+    async def _hold_once(self) -> None:
+        """A source that does not answer, or has taken its VM back, will say so when it is asked to hand it over."""
+        try:
+            await self._call(self._stub().Hold, pb.HoldRequest(resume_after_ms=int(RESUME_AFTER_S * 1000)))
+        except FarfaultError as error:
+            logger.debug("the source VM is not held: %s", error.problem)
 
     async def hand_over(self, generation: int) -> None:
         """The point of no return. Asked again until the server answers: only its answer says who owns the VM."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,12 @@ class FakeSource(SourceVm):
         super().__init__(session)
         self.is_handed_over = self.is_rolled_back = False
         self.calls: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def held(self, *, at_once: bool = False) -> AsyncIterator[None]:
+        self.calls.append("held at once" if at_once else "held")
+        yield
+        self.calls.append("held no longer")
 
     async def resume(self) -> None:
         self.calls.append("resume")
@@ -225,10 +233,11 @@ async def test_a_destination_that_holds_the_vm_gets_it(tmp_path: Path, was_hande
     settling = asyncio.ensure_future(host.recovery.settle(Step.HANDING_OVER))
     await asyncio.sleep(0)
     assert not settling.done()
-    assert host.source.calls == [], "its pages could not be served yet"
+    assert host.source.calls == ["held at once"], "its pages could not be served yet"
     host.attached.set()
     await settling
-    assert host.source.calls == [f"hand over {GENERATION}"]
+    calls = [call for call in host.source.calls if "held" not in call]
+    assert calls == [f"hand over {GENERATION}"]
     assert host.vmm is not None
     assert host.vmm.calls == ["cont"]
     assert host.step is Step.RUNNING
