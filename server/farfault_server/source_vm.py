@@ -102,8 +102,9 @@ class VmOwner:
     A VM that a destination no longer holds is taken back by `take_back`. That is safe at any moment before the
     hand-over, for the same reasons as a Resume that the destination asks for:
 
-    - RESUME and HAND_OVER exclude each other. Both happen under one lock, both are durable before they count, and no
-      phase that either leads to allows the other one (`leases.phases`).
+    - RESUME and HAND_OVER exclude each other. Each is decided upon the newest record and made durable as one change of
+      it (`LeaseKeeper.change`), and no phase that either leads to allows the other one (`leases.phases`). Our own lock
+      only keeps the VMM from being told two things at a time: a call that is cancelled may leave it early.
     - The record says RESUMING, with a new generation, before the VM runs. A HandOver that comes later is refused, by
       its phase and by its generation, also by a server that was killed in between and started again.
     - A destination lets the VM run only after HandOver was answered with OK. One that is silent, cut off or dead has

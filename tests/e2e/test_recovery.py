@@ -332,6 +332,17 @@ def test_connections_are_half_open_before_the_device_state_came(make_move: MakeM
     move.assert_source_runs()
 
 
+def test_connections_are_half_open_at_the_hand_over(make_move: MakeMove) -> None:
+    """It is asked for again over another connection, before the source takes its VM back."""
+    move = make_move("reference", rtt_ms=SWITCHOVER_RTT_MS)
+    in_switchover(move, "handing over")
+    move.proxy.tell("half-open")
+    move.wait_postcopy()
+    move.proxy.tell("rtt-ms 0")
+    move.tune(0)
+    move.assert_moved()
+
+
 @pytest.mark.parametrize("name", ["qemu", "reference"])
 def test_abort_before_the_point_of_no_return(name: str, make_move: MakeMove) -> None:
     move = make_move(name, rtt_ms=SWITCHOVER_RTT_MS)

@@ -442,6 +442,34 @@ async def test_a_hand_over_and_a_taking_back_exclude_each_other(ram, vmm, store,
         assert not {Phase.HANDED_OVER, Phase.RESUMING} <= set(store.phases)
 
 
+async def test_a_hand_over_whose_client_leaves_counts_all_the_same(ram, vmm, store, clock):
+    """It is cancelled while its record is being written, and so leaves the lock before the record is there."""
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=1000)
+        owner = server.owner
+        await eventually(lambda: not owner._lock.locked())  # Suspend has ended
+        store.may_save.clear()
+        clock.now_s += 1
+        lease = server.keeper.authorize(opened.lease_id, opened.token)
+        handing_over = asyncio.ensure_future(owner.hand_over(lease, last.generation))
+        await eventually(owner._lock.locked)
+        await eventually(server.keeper._lock.locked)
+        handing_over.cancel()
+        await asyncio.wait({handing_over})
+        taking_back = asyncio.ensure_future(owner.take_back())
+        await eventually(owner._lock.locked)
+        assert server.keeper.book.phase is Phase.FROZEN
+        store.may_save.set()
+        await asyncio.wait({taking_back})
+        assert server.keeper.book.phase is Phase.HANDED_OVER
+        assert isinstance(taking_back.exception(), RefusedError)
+        await owner.take_back()
+        await hand_over(client, last.generation)
+    assert vmm.starts == 0
+    assert Phase.RESUMING not in store.phases
+
+
 async def test_a_client_that_names_no_time_is_waited_for(ram, vmm, store, clock):
     async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
         await client.open(pb.LEASE_KIND_MIGRATION)

@@ -25,11 +25,15 @@ from farfault_client.session.session import Session
 
 logger = logging.getLogger(__name__)
 
+Method = Callable[..., Awaitable[Any]]
+
 RESUME_AFTER_S = 5.0
 """The source VM, stopped for us, runs again by itself when it has not heard of us for so long before the hand-over."""
 HOLD_INTERVAL_S = 1.0
 """How often it hears of us."""
 CALL_TIMEOUT_S = 15.0
+HAND_OVER_TIMEOUT_S = 2.0
+"""For the first answer to HandOver, during which no VM runs; twice as long each time, up to `CALL_TIMEOUT_S`."""
 SUSPEND_TIMEOUT_S = 60.0
 DEVICE_STATE_BYTES_MAX = 1 << 30
 
@@ -128,7 +132,8 @@ class SourceVm:
 
     async def hand_over(self, generation: int) -> None:
         """The point of no return. Asked again until the server answers: only its answer says who owns the VM."""
-        await self._insist(self._stub().HandOver, pb.HandOverRequest(generation=generation))
+        request = pb.HandOverRequest(generation=generation)
+        await self._insist(lambda channel: _source_stub(channel).HandOver, request, first_timeout_s=HAND_OVER_TIMEOUT_S)
 
     async def resume(self) -> None:
         """The source runs again. Asked again until the server answers.
@@ -136,11 +141,11 @@ class SourceVm:
         Raises:
             FarfaultError: it was handed over.
         """
-        await self._insist(self._stub().Resume, pb.ResumeRequest())
+        await self._insist(lambda channel: _source_stub(channel).Resume, pb.ResumeRequest())
 
     async def complete(self, request: pb.CompleteRequest) -> None:
         """Every page is here; asked again until the server answers."""
-        await self._insist(self._page_stub().Complete, request)
+        await self._insist(lambda channel: _page_stub(channel).Complete, request)
 
     async def digest(self, region: Region, runs: Sequence[PageRun]) -> int:
         """The page server's digest of pages of one region; asked again until it answers.
@@ -152,31 +157,52 @@ class SourceVm:
             pb.PageRange(region=region.index, first_page=run.first - region.first_page, page_count=run.count)
             for run in runs
         ]
-        response: pb.DigestResponse = await self._insist(self._page_stub().Digest, pb.DigestRequest(ranges=ranges))
+        request = pb.DigestRequest(ranges=ranges)
+        response: pb.DigestResponse = await self._insist(lambda channel: _page_stub(channel).Digest, request)
         if response.generation != self._session.key.generation or len(response.digests) != len(runs):
             raise FarfaultError(f"a digest of generation {response.generation}, not {self._session.key.generation}")
         return sum(response.digests) % DIGEST_MODULUS
 
     async def release(self) -> None:
         """Gives the lease back."""
-        await self._call(self._page_stub().Release, pb.ReleaseRequest())
+        await self._call(_page_stub(self._session.control_channel()).Release, pb.ReleaseRequest())
 
     def _stub(self) -> pages_pb2_grpc.SourceServiceStub:
-        return pages_pb2_grpc.SourceServiceStub(self._session.control_channel())
+        return _source_stub(self._session.control_channel())
 
-    def _page_stub(self) -> pages_pb2_grpc.PageServiceStub:
-        return pages_pb2_grpc.PageServiceStub(self._session.control_channel())
-
-    async def _call(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
+    async def _call(self, method: Method, request: object, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         try:
-            return await method(request, metadata=self._session.lease_metadata(), timeout=CALL_TIMEOUT_S)
+            return await method(request, metadata=self._session.lease_metadata(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise explain(error, self._session.config.peer.target) from error
 
-    async def _insist(self, method: Callable[..., Awaitable[Any]], request: object) -> Any:
+    async def _insist(
+        self,
+        method_of: Callable[[grpc.aio.Channel], Method],
+        request: object,
+        *,
+        first_timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Any:
+        """Asks until the server answers.
+
+        Each time but the first over a connection of its own: packets may vanish on the one that is there, and it may
+        be long until it is known. Each time with more patience: the link may only be slow.
+        """
+        timeout_s = first_timeout_s
+        with contextlib.suppress(UnreachableError):
+            return await self._call(method_of(self._session.control_channel()), request, timeout_s)
         for wait_s in backoff(random.random):
-            try:
-                return await self._call(method, request)
-            except UnreachableError:
-                await asyncio.sleep(wait_s)
+            await asyncio.sleep(wait_s)
+            timeout_s = min(2 * timeout_s, CALL_TIMEOUT_S)
+            with contextlib.suppress(UnreachableError):
+                async with self._session.config.peer.channel() as channel:
+                    return await self._call(method_of(channel), request, timeout_s)
         raise AssertionError("a back-off never ends")
+
+
+def _source_stub(channel: grpc.aio.Channel) -> pages_pb2_grpc.SourceServiceStub:
+    return pages_pb2_grpc.SourceServiceStub(channel)
+
+
+def _page_stub(channel: grpc.aio.Channel) -> pages_pb2_grpc.PageServiceStub:
+    return pages_pb2_grpc.PageServiceStub(channel)

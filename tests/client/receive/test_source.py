@@ -23,12 +23,19 @@ TIMEOUT_S = 20.0
 
 
 class FakeSource(pages_pb2_grpc.SourceServiceServicer):
-    """Counts signs of life; with `is_slow` it answers none of them, with `is_old` it does not know them."""
+    """Counts signs of life; with `is_slow` it answers none of them, with `is_old` it does not know them.
+
+    Attributes:
+        peers: who has asked for the VM, each time.
+        answers_from: how often it does not answer that.
+    """
 
     def __init__(self) -> None:
         self.times_ms: list[int] = []
         self.heard = asyncio.Event()
         self.is_slow = self.is_old = False
+        self.peers: list[str] = []
+        self.answers_from = 0
 
     def _hear(self, resume_after_ms: int) -> None:
         self.times_ms.append(resume_after_ms)
@@ -45,6 +52,12 @@ class FakeSource(pages_pb2_grpc.SourceServiceServicer):
         self._hear(request.resume_after_ms)
         yield pb.DeviceStateChunk(data=b"state", generation=9)
         yield pb.DeviceStateChunk(last=True, checksum=xxhash.xxh3_64_intdigest(b"state"), generation=9)
+
+    async def HandOver(self, request: Any, context: Any) -> pb.HandOverResponse:
+        self.peers.append(context.peer())
+        if len(self.peers) <= self.answers_from:
+            await asyncio.Event().wait()
+        return pb.HandOverResponse()
 
     async def Hold(self, request: Any, context: Any) -> pb.HoldResponse:
         self._hear(request.resume_after_ms)
@@ -120,6 +133,18 @@ async def test_it_ends_with_what_it_was_for(source: SourceVm, fake: FakeSource) 
             await fake.wait(1)
             raise ZeroDivisionError
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "hold the source VM"]
+
+
+async def test_a_hand_over_that_is_not_answered_is_asked_for_over_another_connection(
+    source: SourceVm, fake: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "HAND_OVER_TIMEOUT_S", 0.05)
+    await source.hand_over(9)
+    fake.answers_from = 3
+    await source.hand_over(9)
+    first, again, *others = fake.peers
+    assert again == first, "the connection that is there is tried first"
+    assert len({first, *others}) == len(fake.peers) - 1 == 3
 
 
 @pytest.mark.usefixtures("often")
