@@ -217,7 +217,11 @@ class VmOwner:
         self._keeper.book.check_owner(lease)
         phase = self._keeper.book.phase
         if phase not in (Phase.SUSPENDING, Phase.FROZEN):
-            raise RefusedError(Code.FAILED_PRECONDITION, f"the VM is not held: it is {phase.value}", "suspend it first")
+            raise RefusedError(
+                Code.FAILED_PRECONDITION,
+                f"the source VM does not wait for this destination: it is {phase.value}",
+                "see that the link works, then try again",
+            )
         self._hold.renew(self._clock(), silence_s_max)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from farfault_cli.errors import FarfaultError
@@ -16,13 +17,15 @@ class Destination:
 
     Args:
         qmp: its socket; None: there is no control of it, and only `close` may be called.
+        kill: ends its process, if that is known.
 
     Attributes:
         vmm: None before `connect`, and after `discard`.
     """
 
-    def __init__(self, qmp: Path | None) -> None:
+    def __init__(self, qmp: Path | None, kill: Callable[[], None] = lambda: None) -> None:
         self._qmp = qmp
+        self._kill = kill
         self.vmm: QmpVmm | None = None
 
     @property
@@ -42,13 +45,17 @@ class Destination:
         return self.vmm
 
     async def discard(self) -> None:
-        """Half a VM is of no use; its VMM ends so that nobody runs it by mistake."""
+        """Half a VM is of no use; its VMM ends so that nobody runs it by mistake.
+
+        One that does not obey is killed: a thread of it may sleep in the kernel for a page that will never come.
+        """
         if self.vmm is None:
             return
         try:
             await self.vmm.quit()
         except FarfaultError as error:
-            logger.warning("the destination VMM does not end: %s", error.problem)
+            logger.warning("the destination VMM does not end: %s; it is killed", error.problem)
+            self._kill()
         self.vmm = None
 
     async def close(self) -> None:

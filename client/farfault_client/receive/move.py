@@ -78,8 +78,7 @@ class Move:
         try:
             await self._destination.prepare_destination()
             self._journal.step(Step.SUSPENDING)
-            async with self._source.held():
-                await self._destination.load(self._source.suspend(self._frozen))
+            await self._source.while_held(self._destination.load(self._source.suspend(self._frozen)))
         except (FarfaultError, asyncio.CancelledError) as error:
             await self.roll_back(error)
         self._mark("device state")

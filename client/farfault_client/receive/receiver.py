@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ class Receiver:
         self._vmm: AttachedVmm | None = None
         self._attached = asyncio.Event()
         self._listener: AttachListener | None = None
-        self._destination = Destination(config.qmp)
+        self._destination = Destination(config.qmp, self._kill_vmm)
         self._recovery = Recovery(
             self.session, self.source, self._destination, self.journal, self._removed, self._attached
         )
@@ -387,6 +388,14 @@ class Receiver:
         self._forget_exit()
         if not self._vmm_exited.done():
             self._vmm_exited.set_result(None)
+
+    def _kill_vmm(self) -> None:
+        if self._vmm_pidfd < 0:
+            return
+        try:
+            signal.pidfd_send_signal(self._vmm_pidfd, signal.SIGKILL)
+        except OSError as error:
+            logger.warning("the destination VMM cannot be killed: %s", error.strerror)
 
     def _forget_exit(self) -> None:
         if self._vmm_pidfd >= 0:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc.aio
@@ -22,8 +21,6 @@ from farfault_vmm.description import VmDescription
 from farfault_client.session.backoff import backoff
 from farfault_client.session.lease import explain
 from farfault_client.session.session import Session
-
-logger = logging.getLogger(__name__)
 
 Method = Callable[..., Awaitable[Any]]
 
@@ -51,6 +48,7 @@ class SourceVm:
         self._session = session
         self.stopped_at = 0.0
         self.state_bytes = 0
+        self._is_stopped = False
 
     async def describe(self) -> VmDescription:
         response = await self._call(self._stub().DescribeVm, pb.DescribeVmRequest())
@@ -62,7 +60,7 @@ class SourceVm:
         Args:
             on_frozen: called with the generation of the frozen memory before the first byte is yielded.
         """
-        digest, held, frozen = xxhash.xxh3_64(), b"", False
+        digest, held, self._is_stopped = xxhash.xxh3_64(), b"", False
         try:
             call = self._stub().Suspend(
                 pb.SuspendRequest(resume_after_ms=int(RESUME_AFTER_S * 1000)),
@@ -70,8 +68,8 @@ class SourceVm:
                 timeout=SUSPEND_TIMEOUT_S,
             )
             async for chunk in call:
-                if not frozen and chunk.generation:
-                    frozen = True
+                if not self._is_stopped and chunk.generation:
+                    self._is_stopped = True
                     on_frozen(chunk.generation)
                 digest.update(chunk.data)
                 self.state_bytes += len(chunk.data)
@@ -92,43 +90,63 @@ class SourceVm:
             raise explain(error, self._session.config.peer.target) from error
         raise FarfaultError("device state ended early", "see the page server's log")
 
+    async def while_held(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does something with the suspended VM's state, while the source hears of us and so stays stopped.
+
+        Raises:
+            FarfaultError: the source VM was taken back all the same: what was done is in vain, and broken off.
+        """
+        loop = asyncio.get_running_loop()
+        refused: asyncio.Future[None] = loop.create_future()
+        holding, working = loop.create_task(self._hold(refused)), loop.create_task(work)
+        try:
+            await asyncio.wait({refused, working}, return_when=asyncio.FIRST_COMPLETED)
+            await (working if working.done() else refused)
+        finally:
+            for waiting in (holding, working, refused):
+                waiting.cancel()
+            await asyncio.gather(holding, working, refused, return_exceptions=True)
+
     @contextlib.asynccontextmanager
     async def held(self, *, at_once: bool = False) -> AsyncIterator[None]:
-        """Meanwhile the source VM hears of us, and so stays stopped for us.
-
-        It may be taken back all the same, if nothing comes through to it: then `hand_over` is refused.
+        """Meanwhile the source hears of us. For the hand-over: its answer alone says who owns the VM.
 
         Args:
             at_once: it may have waited for us before, for an earlier receiver of the move.
         """
-        holding = asyncio.get_running_loop().create_task(self._hold(at_once=at_once), name="hold the source VM")
+        holding = asyncio.get_running_loop().create_task(self._hold(at_once=at_once))
         try:
             yield
         finally:
             holding.cancel()
             await asyncio.gather(holding, return_exceptions=True)
 
-    async def _hold(self, *, at_once: bool) -> None:
+    async def _hold(self, refused: asyncio.Future[None] | None = None, *, at_once: bool = False) -> None:
+        """Tells the source again and again that we are there; `refused` learns when it no longer waits for us."""
         calls: set[asyncio.Task[None]] = set()
+        wait_s = 0.0 if at_once else HOLD_INTERVAL_S
         try:
-            if not at_once:
-                await asyncio.sleep(HOLD_INTERVAL_S)
             while True:
+                await asyncio.sleep(wait_s)
                 # None waits for the answer to the one before: on a slow link several are under way.
-                call = asyncio.get_running_loop().create_task(self._hold_once())
+                call = asyncio.get_running_loop().create_task(self._hold_once(refused))
                 calls.add(call)
                 call.add_done_callback(calls.discard)
-                await asyncio.sleep(HOLD_INTERVAL_S)
+                wait_s = HOLD_INTERVAL_S
         finally:
             for call in calls:
                 call.cancel()
 
-    async def _hold_once(self) -> None:
-        """A source that does not answer, or has taken its VM back, will say so when it is asked to hand it over."""
+    async def _hold_once(self, refused: asyncio.Future[None] | None) -> None:
+        """A source that is out of reach, or too old to know the call, has not refused."""
+        was_stopped = self._is_stopped  # one that has not begun to wait refuses too
+        request = pb.HoldRequest(resume_after_ms=int(RESUME_AFTER_S * 1000))
         try:
-            await self._call(self._stub().Hold, pb.HoldRequest(resume_after_ms=int(RESUME_AFTER_S * 1000)))
-        except FarfaultError as error:
-            logger.debug("the source VM is not held: %s", error.problem)
+            await self._stub().Hold(request, metadata=self._session.lease_metadata(), timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            is_refusal = was_stopped and error.code() is grpc.StatusCode.FAILED_PRECONDITION
+            if is_refusal and refused is not None and not refused.done():
+                refused.set_exception(explain(error, self._session.config.peer.target))
 
     async def hand_over(self, generation: int) -> None:
         """The point of no return. Asked again until the server answers: only its answer says who owns the VM."""

@@ -12,6 +12,7 @@ import pytest
 import xxhash
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
+from farfault_cli.errors import FarfaultError
 from farfault_client.receive import source as source_module
 from farfault_client.receive.source import HOLD_INTERVAL_S, RESUME_AFTER_S, SourceVm
 from farfault_client.session.connect import session_config
@@ -36,6 +37,7 @@ class FakeSource(pages_pb2_grpc.SourceServiceServicer):
         self.is_slow = self.is_old = False
         self.peers: list[str] = []
         self.answers_from = 0
+        self.refusal: grpc.StatusCode | None = None
 
     def _hear(self, resume_after_ms: int) -> None:
         self.times_ms.append(resume_after_ms)
@@ -63,6 +65,8 @@ class FakeSource(pages_pb2_grpc.SourceServiceServicer):
         self._hear(request.resume_after_ms)
         if self.is_old:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        if self.refusal is not None:
+            await context.abort(self.refusal, "the source VM does not wait for this destination: it is running")
         if self.is_slow:
             await asyncio.Event().wait()
         return pb.HoldResponse()
@@ -132,7 +136,60 @@ async def test_it_ends_with_what_it_was_for(source: SourceVm, fake: FakeSource) 
         async with source.held():
             await fake.wait(1)
             raise ZeroDivisionError
-    assert not [task for task in asyncio.all_tasks() if task.get_name() == "hold the source VM"]
+    assert not [task for task in asyncio.all_tasks() if "hold" in repr(task.get_coro())]
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.usefixtures("often")
+async def test_work_for_a_vm_that_was_taken_back_is_broken_off(source: SourceVm, fake: FakeSource) -> None:
+    ended: list[str] = []
+
+    async def load() -> None:
+        try:
+            async for _ in source.suspend(lambda generation: None):
+                await fake.wait(5)
+            fake.refusal = grpc.StatusCode.FAILED_PRECONDITION
+            await for_ever()
+        finally:
+            ended.append("load")
+
+    async with asyncio.timeout(TIMEOUT_S):
+        with pytest.raises(FarfaultError, match="does not wait for this destination: it is running"):
+            await source.while_held(load())
+    assert ended == ["load"]
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED])
+async def test_silence_breaks_nothing_off(source: SourceVm, fake: FakeSource, code: grpc.StatusCode) -> None:
+    async def load() -> None:
+        async for _ in source.suspend(lambda generation: None):
+            fake.refusal = code
+            await fake.wait(5)
+
+    await source.while_held(load())
+
+
+@pytest.mark.usefixtures("often")
+async def test_a_vm_that_does_not_stand_still_yet_was_not_taken_back(source: SourceVm, fake: FakeSource) -> None:
+    fake.refusal = grpc.StatusCode.FAILED_PRECONDITION
+    await source.while_held(fake.wait(5))
+
+
+async def test_work_that_fails_or_is_cancelled_ends_as_it_does(source: SourceVm) -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await source.while_held(fail())
+    working = asyncio.ensure_future(source.while_held(for_ever()))
+    await asyncio.sleep(0)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
 
 
 async def test_a_hand_over_that_is_not_answered_is_asked_for_over_another_connection(
