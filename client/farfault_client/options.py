@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,24 +13,6 @@ from farfault_cli.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes: ``512``, ``64MiB``, ``10G``; with ``/s`` allowed behind it."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?(?:/s)?", value.strip(), re.IGNORECASE)
-        if match is None or match[2].lower() not in _UNITS:
-            self.fail(f"{value!r} is no size; examples: 64MiB, 1GiB, 500M", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-SIZE = Size()
 FILE = click.Path(path_type=Path)
 
 

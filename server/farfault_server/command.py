@@ -6,7 +6,6 @@ import asyncio
 import ipaddress
 import logging
 import os
-import re
 import signal
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from farfault_cli.errors import UnreachableError, UsageError
 from farfault_cli.logs import configure_logging
+from farfault_cli.sizes import SIZE, SIZE_EXAMPLES
 
 if TYPE_CHECKING:
     from farfault_server.leases.store import Store
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_LISTEN: Final = "127.0.0.1:7777"
-SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 ADMISSION_VARIABLE: Final = "FARFAULT_ADMISSION_TOKEN_FILE"
 
@@ -59,22 +58,10 @@ class ServeOptions:
     leases_max: int
 
 
-class Size(click.ParamType["int"]):
-    """A number of bytes with an optional unit: 4096, 512MiB, 64GiB."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is not a size such as 512MiB or 64GiB", param, ctx)
-        return int(match[1]) * SIZE_UNITS[match[2].upper()]
-
-
 @click.command(short_help="Serve the memory of a VM, page by page.")
 @click.option("--ram", multiple=True, metavar="WHAT", help="RAM file; repeat for several regions, in guest order.")
 @click.option("--pid", type=int, help="Take --ram from this process: PATH, fd:N or memfd=NAME.")
-@click.option("--synthetic", type=Size(), help="Serve made-up memory of this size instead, for load tests.")
+@click.option("--synthetic", type=SIZE, help="Serve made-up memory of this size instead, for load tests.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the synthetic memory.")
 @click.option("--qmp", type=click.Path(path_type=Path), help="QMP socket of the source VMM: lets a client move the VM.")
 @click.option("--frozen", is_flag=True, help="The VM is stopped already; assumed without --qmp.")
@@ -240,7 +227,7 @@ def open_regions(options: ServeOptions) -> list[PageRegion]:
         if options.synthetic == 0 or options.synthetic % PAGE_SIZE_BYTES:
             raise UsageError(
                 f"--synthetic {options.synthetic} is not a positive multiple of {PAGE_SIZE_BYTES} bytes",
-                "give a size such as 512MiB or 64GiB",
+                f"examples: {SIZE_EXAMPLES}",
             )
         return [SyntheticRegion(options.seed, 0, options.synthetic)]
     if len(options.ram) > REGIONS_MAX:

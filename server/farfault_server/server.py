@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 DRAIN_S: Final = 2.0
 """Calls that are under way when the server ends may go on for this long."""
 WATCH_INTERVAL_S: Final = 1.0
-"""How often the VM, which should stand still, is looked at; at once where its VMM tells of a start."""
+"""How often the VM, which should stand still, is looked at; at once where its VMM tells of a start, or when it is no
+longer held."""
 SERVICES: Final = ("farfault.v1.PageService", "farfault.v1.SourceService")
 
 
@@ -211,7 +212,11 @@ class PageServer:
 
     async def _watch_vm(self) -> None:
         while True:
-            await self.owner.wait_started(WATCH_INTERVAL_S)
+            await self.owner.wait_started(min(WATCH_INTERVAL_S, self.owner.held_for_s or WATCH_INTERVAL_S))
+            try:
+                await self.owner.take_back()
+            except FarfaultError as error:
+                logger.error("the source VM cannot be taken back, which is tried again: %s", error)
             try:
                 await self.owner.check_stopped()
             except FarfaultError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Protocol
 
@@ -15,8 +16,9 @@ from farfault_cli.errors import FarfaultError
 from farfault_vmm.description import VmDescription
 
 from farfault_server.leases.book import Lease
+from farfault_server.leases.hold import Hold
 from farfault_server.leases.keeper import LeaseKeeper
-from farfault_server.leases.phases import Phase, Step
+from farfault_server.leases.phases import TAKEN, Phase, Step
 from farfault_server.leases.refusals import Code, RefusedError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ RUNNING = "running"
 DEVICE_STATE_BYTES_MAX = 1 << 30
 CLOSE_TIMEOUT_S = 20.0
 """For a roll-back that is under way when the server ends."""
+HOLD_INTERVAL_S = 1.0
+"""How often it is looked whether a destination that is sent device state is still there."""
+UNHEARD = "nothing was heard of the destination for as long as it had said: the VM runs again"
 
 
 class SourceVmm(Protocol):
@@ -94,14 +99,30 @@ class GoneVmm:
 class VmOwner:
     """Stops, starts and hands over the VM, each step on record first.
 
+    A VM that a destination no longer holds is taken back by `take_back`. That is safe at any moment before the
+    hand-over, for the same reasons as a Resume that the destination asks for:
+
+    - RESUME and HAND_OVER exclude each other. Each is decided upon the newest record and made durable as one change of
+      it (`LeaseKeeper.change`), and no phase that either leads to allows the other one (`leases.phases`). Our own lock
+      only keeps the VMM from being told two things at a time: a call that is cancelled may leave it early.
+    - The record says RESUMING, with a new generation, before the VM runs. A HandOver that comes later is refused, by
+      its phase and by its generation, also by a server that was killed in between and started again.
+    - A destination lets the VM run only after HandOver was answered with OK. One that is silent, cut off or dead has
+      not had that answer, or the record says HANDED_OVER, and then nothing here resumes the VM.
+
+    So how long to wait is a matter of patience, not of safety; no clock of another host comes into it.
+
     Args:
         vmm: None: the memory is a snapshot, or that of a VM stopped by other means.
         keeper: the record.
+        clock: monotonic, in seconds.
     """
 
-    def __init__(self, vmm: SourceVmm | None, keeper: LeaseKeeper) -> None:
+    def __init__(self, vmm: SourceVmm | None, keeper: LeaseKeeper, clock: Callable[[], float] = time.monotonic) -> None:
         self._vmm = vmm
         self._keeper = keeper
+        self._clock = clock
+        self._hold = Hold()
         self._lock = asyncio.Lock()
         self._answers = True
         self._known_start_unix_us = 0
@@ -139,13 +160,19 @@ class VmOwner:
             await self.vmm.prepare_source()
         return await self.vmm.describe()
 
-    async def suspend(self, lease: Lease) -> AsyncIterator[pb.DeviceStateChunk]:
-        """Stops the VM and yields its device state. Left before the end, the VM runs again."""
+    async def suspend(self, lease: Lease, silence_s_max: float = 0) -> AsyncIterator[pb.DeviceStateChunk]:
+        """Stops the VM and yields its device state. Left before the end, the VM runs again.
+
+        Args:
+            lease: a migration lease.
+            silence_s_max: how long the destination may be silent until the VM is taken back; 0: for ever.
+        """
         vmm = self.vmm
         self._keeper.book.check_owner(lease)
         if self._lock.locked():
             raise RefusedError(Code.FAILED_PRECONDITION, "another call changes the VM now", "try again")
         async with self._lock:
+            self._hold.renew(self._clock(), silence_s_max)
             await self._step(Step.SUSPEND)
             is_sent = False
             try:
@@ -180,6 +207,58 @@ class VmOwner:
         last.last, last.checksum = True, hashed.intdigest()
         yield last
 
+    def hold(self, lease: Lease, silence_s_max: float) -> None:
+        """The destination is there, and may be silent for so long from now on; 0: for ever.
+
+        Raises:
+            RefusedError: the VM does not stand still for it.
+        """
+        _ = self.vmm
+        self._keeper.book.check_owner(lease)
+        phase = self._keeper.book.phase
+        if phase not in (Phase.SUSPENDING, Phase.FROZEN):
+            raise RefusedError(
+                Code.FAILED_PRECONDITION,
+                f"the source VM does not wait for this destination: it is {phase.value}",
+                "see that the link works, then try again",
+            )
+        self._hold.renew(self._clock(), silence_s_max)
+
+    @property
+    def held_for_s(self) -> float:
+        """How long the VM still stands still for a silent destination; infinite where it is not to be taken back."""
+        return self._hold.left_s(self._clock()) if self._keeper.book.phase in TAKEN else math.inf
+
+    async def while_held(self, sending: asyncio.Future[None]) -> None:
+        """Waits for a task that sends the device state; a destination that is not heard of ends it.
+
+        Raises:
+            RefusedError: that happened; the VM runs again.
+        """
+        try:
+            while not sending.done():
+                left_s = self.held_for_s
+                if left_s == 0:
+                    raise RefusedError(Code.FAILED_PRECONDITION, UNHEARD, "see that the link works, then try again")
+                await asyncio.wait({sending}, timeout=min(left_s, HOLD_INTERVAL_S))
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        await sending
+
+    async def take_back(self) -> None:
+        """A VM that its destination no longer holds runs again. It does nothing before that, or after the hand-over."""
+        if self.held_for_s > 0:
+            return
+        # A server that ends now must not leave the VM between two steps: `close` waits for the lock.
+        await asyncio.shield(asyncio.ensure_future(self._take_back()))
+
+    async def _take_back(self) -> None:
+        async with self._lock:  # a Suspend that is under way is ended by `while_held`
+            if self.held_for_s == 0:  # still: whoever had the lock may have handed the VM over, or resumed it
+                logger.warning(UNHEARD)
+                await self._resume()
+
     async def hand_over(self, lease: Lease, generation: int) -> None:
         """The destination owns the VM when this returns."""
         vmm = self.vmm
@@ -209,7 +288,7 @@ class VmOwner:
         if self._vmm is None:
             return
         async with self._lock:
-            if self._keeper.book.phase in (Phase.SUSPENDING, Phase.FROZEN, Phase.RESUMING):
+            if self._keeper.book.phase in TAKEN:
                 await self._resume()
 
     async def recover(self, *, abandon: bool = False) -> None:

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.e2e
 
 MIB = 1 << 20
 SLOW = ("--bandwidth", str(SLOW_BYTES_PER_S))
+LONG_PARTITION_S = 3600
 ABORT_RTT_MS = 8000
 """The device state is under way until a command has started and asked for the abort."""
 SETTLED_PAGES = 5000
@@ -301,6 +302,43 @@ def test_page_server_is_killed_around_the_point_of_no_return(make_move: MakeMove
     move.kill("serve")  # the record is durable, the answer was on its way
     move.proxy.tell("rtt-ms 0")
     move.restart("serve")
+    move.tune(0)
+    move.assert_moved()
+
+
+@pytest.mark.parametrize(("name", "step"), [("reference", "suspending"), ("qemu", "handing over")])
+def test_source_runs_again_by_itself_while_the_network_is_cut(name: str, step: str, make_move: MakeMove) -> None:
+    """The destination cannot ask for it, and learns of it later: it holds a state that it must not run."""
+    move = make_move(name, rtt_ms=SWITCHOVER_RTT_MS)
+    in_switchover(move, step)
+    move.wait_server("frozen")
+    move.proxy.tell(f"partition {LONG_PARTITION_S}")
+    before = move.scene.counter(move.scene.source)
+    goes_on = lambda: move.scene.counter(move.scene.source) > before  # noqa: E731
+    move.processes.wait_until(goes_on, "the source goes on", 60, "receive")
+    assert "nothing was heard of the destination" in move.processes.log("serve").read_text()
+    assert move.receiver_step() == step, "it was told nothing"
+    move.proxy.tell("partition 0")
+    assert move.processes.wait("receive", 60) == 4
+    move.assert_source_runs()
+
+
+def test_connections_are_half_open_before_the_device_state_came(make_move: MakeMove) -> None:
+    move = make_move("reference", rtt_ms=SWITCHOVER_RTT_MS)
+    in_switchover(move, "suspending")
+    move.wait_server("frozen")
+    move.proxy.tell("half-open")
+    assert move.processes.wait("receive", 60) == 4
+    move.assert_source_runs()
+
+
+def test_connections_are_half_open_at_the_hand_over(make_move: MakeMove) -> None:
+    """It is asked for again over another connection, before the source takes its VM back."""
+    move = make_move("reference", rtt_ms=SWITCHOVER_RTT_MS)
+    in_switchover(move, "handing over")
+    move.proxy.tell("half-open")
+    move.wait_postcopy()
+    move.proxy.tell("rtt-ms 0")
     move.tune(0)
     move.assert_moved()
 

@@ -1,6 +1,8 @@
 """Suspend, hand over, resume: the record comes first, and the VM is never lost and never runs twice."""
 
 import asyncio
+import math
+import threading
 from collections.abc import AsyncIterator
 
 import grpc
@@ -11,7 +13,9 @@ from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import FarfaultError, UsageError
 from farfault_server.leases.book import LeaseBook
 from farfault_server.leases.phases import Phase
+from farfault_server.leases.refusals import RefusedError
 from farfault_server.leases.store import MemoryStore
+from farfault_server.source_vm import VmOwner
 from farfault_vmm.description import MemoryBackend, VmDescription
 from server_client import (
     PAGE,
@@ -95,6 +99,8 @@ class RecordingStore(MemoryStore):
     def __init__(self) -> None:
         self.books: list[LeaseBook] = []
         self.fails = False
+        self.may_save = threading.Event()
+        self.may_save.set()
 
     @property
     def phases(self) -> list[Phase]:
@@ -106,6 +112,7 @@ class RecordingStore(MemoryStore):
     def save(self, book: LeaseBook) -> None:
         if self.fails:
             raise OSError(28, "No space left on device")
+        assert self.may_save.wait(TIMEOUT_S)
         self.books.append(book)
 
 
@@ -126,10 +133,11 @@ def vmm(store):
     return vmm
 
 
-async def suspend(client: Client) -> pb.DeviceStateChunk:
+async def suspend(client: Client, resume_after_ms: int = 0) -> pb.DeviceStateChunk:
     """The last chunk, after the whole state was checked."""
     data = b""
-    async for chunk in client.source.Suspend(pb.SuspendRequest(), metadata=client.metadata, timeout=TIMEOUT_S):
+    request = pb.SuspendRequest(resume_after_ms=resume_after_ms)
+    async for chunk in client.source.Suspend(request, metadata=client.metadata, timeout=TIMEOUT_S):
         data += chunk.data
         if chunk.last:
             assert data == b"".join(STATE)
@@ -142,6 +150,11 @@ async def suspend(client: Client) -> pb.DeviceStateChunk:
 async def hand_over(client: Client, generation: int) -> None:
     request = pb.HandOverRequest(generation=generation)
     await client.source.HandOver(request, metadata=client.metadata, timeout=TIMEOUT_S)
+
+
+async def hold(client: Client, resume_after_ms: int = 0) -> None:
+    request = pb.HoldRequest(resume_after_ms=resume_after_ms)
+    await client.source.Hold(request, metadata=client.metadata, timeout=TIMEOUT_S)
 
 
 async def resume(client: Client) -> None:
@@ -317,6 +330,255 @@ async def test_a_vm_that_ran_for_a_moment_past_the_server_is_noticed(ram, vmm, s
         vmm.started.set()
         await eventually(lambda: not vmm.started.is_set())
         assert server.keeper.memory.generation == generation, "the same start was counted twice"
+
+
+# ---- a destination that is not heard of ----------------------------------------------------------
+
+
+class FakeClock:
+    """Stands still until it is told to go."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock by which a server that starts now measures silence."""
+    clock = FakeClock()
+    monkeypatch.setattr("farfault_server.server.VmOwner", lambda vmm, keeper: VmOwner(vmm, keeper, clock))
+    return clock
+
+
+async def test_a_vm_runs_again_when_nothing_is_heard_of_its_destination(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=1)
+        await eventually(lambda: vmm.is_running and server.keeper.book.phase is Phase.RUNNING)
+        assert (await refused(hand_over(client, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        assert await client.fetch((0, 0, 1)) == ["NOT_FROZEN"]
+        await resume(client)  # as a destination does that is refused
+        assert vmm.starts == 1
+        assert [phase for phase in store.phases if phase is not Phase.RUNNING] == [
+            Phase.SUSPENDING,
+            Phase.FROZEN,
+            Phase.RESUMING,
+        ]
+        last = await suspend(client)
+        await hand_over(client, last.generation)
+
+
+async def test_signs_of_life_keep_a_vm_stopped(ram, vmm, store, clock):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=5000)
+        for _ in range(10):
+            clock.now_s += 4.9
+            await server.owner.take_back()
+            assert server.keeper.book.phase is Phase.FROZEN
+            await hold(client, 5000)
+        await hand_over(client, last.generation)
+    assert vmm.starts == 0
+
+
+async def test_the_moment_in_which_a_vm_is_taken_back(ram, vmm, store, clock):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        await suspend(client, resume_after_ms=5000)
+        clock.now_s += 4.75
+        assert server.owner.held_for_s == 0.25
+        await server.owner.take_back()
+        assert not vmm.is_running
+        clock.now_s += 0.25
+        await server.owner.take_back()
+        assert vmm.is_running
+        assert server.owner.held_for_s == math.inf
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+async def test_a_vm_that_was_handed_over_is_never_taken_back(ram, vmm, store, clock, is_complete):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=1000)
+        await hand_over(client, last.generation)
+        if is_complete:
+            complete = pb.CompleteRequest(generation=last.generation)
+            await client.pages.Complete(complete, metadata=client.metadata, timeout=TIMEOUT_S)
+        clock.now_s += 1e9
+        assert server.owner.held_for_s == math.inf
+        await server.owner.take_back()
+        assert (await refused(hold(client, 1)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        await server.owner.take_back()
+        assert server.keeper.book.phase is (Phase.COMPLETED if is_complete else Phase.HANDED_OVER)
+    assert vmm.starts == 0
+    assert not vmm.is_running
+
+
+@pytest.mark.parametrize("is_first", ["hand over", "take back"])
+async def test_a_hand_over_and_a_taking_back_exclude_each_other(ram, vmm, store, clock, is_first):
+    """Both at the same moment, each while the other one's record is being written."""
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=1000)
+        owner = server.owner
+        await eventually(lambda: not owner._lock.locked())  # Suspend has ended
+        store.may_save.clear()
+        clock.now_s += 1
+        lease = server.keeper.authorize(opened.lease_id, opened.token)
+        calls = {"hand over": owner.hand_over(lease, last.generation), "take back": owner.take_back()}
+        first = asyncio.ensure_future(calls.pop(is_first))
+        await eventually(owner._lock.locked)
+        second = asyncio.ensure_future(*calls.values())
+        await asyncio.sleep(0)
+        store.may_save.set()
+        await asyncio.wait({first, second})
+        handed_over = (first if is_first == "hand over" else second).exception()
+        assert vmm.is_running == (is_first == "take back")
+        assert server.keeper.book.phase is (Phase.RUNNING if vmm.is_running else Phase.HANDED_OVER)
+        assert isinstance(handed_over, RefusedError) == vmm.is_running
+        assert not {Phase.HANDED_OVER, Phase.RESUMING} <= set(store.phases)
+
+
+async def test_a_hand_over_whose_client_leaves_counts_all_the_same(ram, vmm, store, clock):
+    """It is cancelled while its record is being written, and so leaves the lock before the record is there."""
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=1000)
+        owner = server.owner
+        await eventually(lambda: not owner._lock.locked())  # Suspend has ended
+        store.may_save.clear()
+        clock.now_s += 1
+        lease = server.keeper.authorize(opened.lease_id, opened.token)
+        handing_over = asyncio.ensure_future(owner.hand_over(lease, last.generation))
+        await eventually(owner._lock.locked)
+        await eventually(server.keeper._lock.locked)
+        handing_over.cancel()
+        await asyncio.wait({handing_over})
+        taking_back = asyncio.ensure_future(owner.take_back())
+        await eventually(owner._lock.locked)
+        assert server.keeper.book.phase is Phase.FROZEN
+        store.may_save.set()
+        await asyncio.wait({taking_back})
+        assert server.keeper.book.phase is Phase.HANDED_OVER
+        assert isinstance(taking_back.exception(), RefusedError)
+        await owner.take_back()
+        await hand_over(client, last.generation)
+    assert vmm.starts == 0
+    assert Phase.RESUMING not in store.phases
+
+
+async def test_a_client_that_names_no_time_is_waited_for(ram, vmm, store, clock):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        await suspend(client)
+        clock.now_s += 1e9
+        await server.owner.take_back()
+        assert server.keeper.book.phase is Phase.FROZEN
+        await hold(client, 1000)
+        clock.now_s += 1
+        await hold(client)
+        clock.now_s += 1e9
+        await server.owner.take_back()
+        assert server.keeper.book.phase is Phase.FROZEN
+
+
+async def test_a_vm_that_cannot_be_taken_back_is_tried_again(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        vmm.resume_fails = True
+        await suspend(client, resume_after_ms=1)
+        await eventually(lambda: server.keeper.book.phase is Phase.RESUMING)
+        assert (await refused(hold(client, 1000)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        vmm.resume_fails = False
+        await eventually(lambda: vmm.is_running and server.keeper.book.phase is Phase.RUNNING)
+
+
+async def test_device_state_that_nobody_reads_is_broken_off(ram):
+    """As on a link on which packets vanish: the connection is there, and the write waits."""
+    vmm = FakeVmm([bytes(256 << 10)] * 200)  # more than flow control lets through unread
+    async with serving(ram, vmm=vmm) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        request = pb.SuspendRequest(resume_after_ms=300)
+        call = client.source.Suspend(request, metadata=client.metadata, timeout=TIMEOUT_S)
+        await eventually(lambda: server.keeper.book.phase is Phase.SUSPENDING)
+        await eventually(lambda: vmm.is_running and server.keeper.book.phase is Phase.RUNNING)
+        code, message = await refused(read_all(call))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "nothing was heard of the destination" in message
+        vmm.chunks = STATE
+        last = await suspend(client, resume_after_ms=60_000)
+        await hand_over(client, last.generation)
+
+
+async def test_a_slow_reader_that_is_heard_of_gets_all_of_the_device_state(ram, clock):
+    vmm = FakeVmm([bytes(256 << 10)] * 20)
+    async with serving(ram, vmm=vmm) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        request = pb.SuspendRequest(resume_after_ms=1000)
+        call = client.source.Suspend(request, metadata=client.metadata, timeout=TIMEOUT_S)
+        await call.read()
+        for _ in range(20):
+            clock.now_s += 0.9
+            await hold(client, 1000)
+            chunk = await call.read()
+        assert chunk.last
+        await hand_over(client, chunk.generation)
+
+
+async def read_all(call) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_only_a_migration_lease_holds_a_vm(ram, vmm, store, clock):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        code, message = await refused(hold(client, 1000))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "it is running" in message
+        await suspend(client, resume_after_ms=1000)
+        async with connected(server.port) as other:
+            assert (await refused(hold(other, 9000)))[0] is grpc.StatusCode.UNAUTHENTICATED
+            await other.open(pb.LEASE_KIND_CLONE)
+            assert (await refused(hold(other, 9000)))[0] is grpc.StatusCode.PERMISSION_DENIED
+        assert server.owner.held_for_s == 1
+
+
+async def test_a_restarted_server_waits_until_it_is_told_how_long(ram, vmm, store, clock):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=1000)
+    clock.now_s += 1e9
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await server.owner.take_back()
+        assert server.keeper.book.phase is Phase.FROZEN
+        await client.resume(opened, last.generation)
+        await hold(client, 1000)
+        clock.now_s += 1
+        await server.owner.take_back()
+        assert vmm.is_running
+
+
+@pytest.mark.parametrize("phase", [Phase.FROZEN, Phase.RESUMING])
+async def test_a_server_that_is_killed_while_it_takes_a_vm_back(ram, vmm, store, clock, phase):
+    """Before its record the destination may still get the VM; after it, never."""
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        opened = await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client, resume_after_ms=1000)
+        clock.now_s += 1
+        await server.owner.take_back()
+    del store.books[store.phases.index(phase) + 1 :]
+    vmm.is_running = False
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.resume(opened)
+        if phase is Phase.FROZEN:
+            await hand_over(client, last.generation)
+        else:
+            assert (await refused(hand_over(client, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        assert vmm.is_running == (phase is Phase.RESUMING)
 
 
 async def test_express_follows_the_state_of_the_vm(ram, vmm, store):

@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 from farfault_cli.errors import FarfaultError, UsageError, VerificationError
+from farfault_cli.sizes import SIZE
 
 from farfault_client.demo.processes import Processes
 from farfault_client.demo.scene import Scene, SceneConfig, scene_folder
 from farfault_client.demo.vms import VmmKind
 from farfault_client.migrate.follow import progress_bar
-from farfault_client.options import FILE, SIZE
+from farfault_client.options import FILE
 from farfault_client.receive.summary import summary_of
 from farfault_client.report.command import write_report
 
@@ -28,7 +29,7 @@ GUEST_RAM_MIN_BYTES = 24 << 20
 @click.option(
     "--vmm", type=click.Choice([kind.value for kind in VmmKind]), help="Default: the best that this machine has."
 )
-@click.option("--ram", type=SIZE, metavar="SIZE", help="RAM of the guest. Default: 512MiB for QEMU, less for others.")
+@click.option("--ram", type=SIZE, help="RAM of the guest. Default: 512MiB for QEMU, less for others.")
 @click.option("--vcpus", type=click.IntRange(1, 64), default=2, show_default=True)
 @click.option(
     "--fault-source",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from farfault_cli.errors import FarfaultError, SloError, UsageError, VerificationError
 from farfault_cli.logs import configure_logging
+from farfault_cli.sizes import RATE
 
 from farfault_client.load.plan import (
     CONNECTIONS_MAX,
@@ -20,7 +21,7 @@ from farfault_client.load.plan import (
     PatternKind,
 )
 from farfault_client.load.slo import TRIES
-from farfault_client.options import FILE, SIZE, log_options, source_options
+from farfault_client.options import FILE, log_options, source_options
 
 SERVE_SEED = 1
 """What `farfault serve --synthetic` takes where it is told no seed."""
@@ -77,7 +78,7 @@ PATTERNS = [kind.value for kind in PatternKind if kind is not PatternKind.REPLAY
     help="Faults that wait at the same moment travel together, up to so many.",
 )
 @click.option("--background", is_flag=True, help="Stream memory over the background lane beside, in its own process.")
-@click.option("--background-rate", type=SIZE, default=0, metavar="BYTES/S", help="Cap of that stream.")
+@click.option("--background-rate", type=RATE, default=0, help="Cap of that stream.")
 @click.option(
     "--slo",
     multiple=True,

@@ -18,10 +18,11 @@ import click
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import PreflightError, UnreachableError, UsageError
 from farfault_cli.logs import configure_logging
-from farfault_shim.attach.listener import UNIX_PATH_BYTES_MAX
+from farfault_cli.sizes import RATE
+from farfault_shim.unix_path import check_socket_path
 
 from farfault_client.migrate.follow import ReceiverClient, progress_bar, verdict_of
-from farfault_client.options import FILE, SIZE, default_state, log_options, source_options
+from farfault_client.options import FILE, default_state, log_options, source_options
 from farfault_client.receive.journal import Journal
 from farfault_client.receive.summary import summary_of
 
@@ -37,7 +38,7 @@ RECEIVER_END_TIMEOUT_S = 5.0
 @click.option("--attach", type=FILE, help="Unix socket on which the destination VMM attaches.")
 @click.option("--qmp", type=FILE, help="QMP socket of the destination VMM.")
 @click.option("--state", type=FILE, help="Folder for the record of the move.")
-@click.option("--bandwidth", type=SIZE, default=None, metavar="BYTES/S", help="Cap of the background; 0: none.")
+@click.option("--bandwidth", type=RATE, default=None, help="Cap of the background; 0: none.")
 @click.option("--hints", type=FILE, help="Working set of an earlier move (`farfault record`), fetched first.")
 @click.option("--verify", is_flag=True, help="Compare all of RAM with the source's before the move is complete.")
 @click.option("--check", is_flag=True, help="Preflight only: say what would be refused; stop nothing.")
@@ -148,8 +149,7 @@ def started_receiver(state: Path, arguments: list[str], *, ends_with_us: bool = 
         FarfaultError: it ended before it listened; with its own words and exit code on standard error.
     """
     control = state / CONTROL_NAME
-    if len(os.fsencode(control)) > UNIX_PATH_BYTES_MAX:
-        raise UsageError(f"{control} is too long for a socket", "name a shorter folder with --state")
+    check_socket_path(control, "name a shorter folder with --state")
     command = [sys.executable, "-m", "farfault_cli", "receive", *arguments, "--control", str(control), "--json"]
     receiver = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:

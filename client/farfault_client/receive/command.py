@@ -12,14 +12,16 @@ import click
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import FarfaultError, UsageError
 from farfault_cli.logs import configure_logging
+from farfault_cli.sizes import RATE
 
 from farfault_client.engine import EngineConfig
 from farfault_client.metrics.observe import observe
 from farfault_client.metrics.options import ObserveOptions, observe_options
-from farfault_client.options import FILE, SIZE, default_state, log_options, source_options
+from farfault_client.options import FILE, default_state, log_options, source_options
 from farfault_client.receive.control import ControlService, serve_control
+from farfault_client.receive.endings import outcome, told_to_end
 from farfault_client.receive.journal import Step
-from farfault_client.receive.receiver import Receiver, ReceiverConfig, outcome, told_to_end
+from farfault_client.receive.receiver import Receiver, ReceiverConfig
 from farfault_client.receive.summary import summary_of
 from farfault_client.session.connect import session_config
 
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 @click.option("--control", type=FILE, help="Unix socket for `farfault migrate`, `top` and scripts.")
 @click.option("--state", type=FILE, help="Folder for the record of the move. Default: by the attach socket's name.")
 @click.option("--now", is_flag=True, help="Move the VM as soon as it is attached, without `farfault migrate`.")
-@click.option("--bandwidth", type=SIZE, default=0, metavar="BYTES/S", help="Cap of the background; demand has none.")
+@click.option("--bandwidth", type=RATE, default=0, help="Cap of the background; demand has none.")
 @click.option("--hints", type=FILE, help="Working set of an earlier move (`farfault record`), fetched first.")
 @click.option("--allow-uid", type=int, multiple=True, help="User whose VMM may attach, besides root and our own.")
 @click.option("--verify", is_flag=True, help="Compare all of RAM with the page server's before the move is complete.")
@@ -145,12 +147,12 @@ async def _receive(
         await _drive(receiver, step, asked)
         return receiver.status()
     except FarfaultError as error:
-        seen = outcome(receiver, error)
+        seen = outcome(receiver.journal, error)
         receiver.fail(seen)
         await receiver.give_back()
         raise seen from error
     except asyncio.CancelledError:
-        ended = told_to_end(receiver)
+        ended = told_to_end(receiver.journal)
         receiver.fail(ended)
         await receiver.give_back()
         raise ended from None

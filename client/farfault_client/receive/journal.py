@@ -31,6 +31,10 @@ class Step(StrEnum):
     ROLLED_BACK = "rolled back"
 
 
+STEPS_WITH_VM_HERE = frozenset({Step.HANDING_OVER, Step.RUNNING, Step.WRONG, Step.COMPLETED})
+"""Steps in which a VMM on this host may hold the VM."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One journal entry."""
@@ -44,6 +48,11 @@ class Record:
     @property
     def lease(self) -> LeaseKey:
         return LeaseKey(self.lease_id, self.token, self.generation)
+
+    @property
+    def vm_may_be_here(self) -> bool:
+        """A VMM on this host may hold the VM: after a restart the receiver waits for it."""
+        return self.step in STEPS_WITH_VM_HERE
 
 
 class Journal:
@@ -59,6 +68,11 @@ class Journal:
         self._lock = -1
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.record: Record | None = self._load()
+
+    @property
+    def vm_may_be_here(self) -> bool:
+        """As the record says; False where there is none."""
+        return self.record is not None and self.record.vm_may_be_here
 
     def lock(self) -> None:
         """Keeps every other receiver out until `unlock` or our end, and reads the record anew.

@@ -78,7 +78,7 @@ class Move:
         try:
             await self._destination.prepare_destination()
             self._journal.step(Step.SUSPENDING)
-            await self._destination.load(self._source.suspend(self._frozen))
+            await self._source.while_held(self._destination.load(self._source.suspend(self._frozen)))
         except (FarfaultError, asyncio.CancelledError) as error:
             await self.roll_back(error)
         self._mark("device state")
@@ -89,7 +89,8 @@ class Move:
         """From HANDING_OVER on: the destination holds the whole state and runs once the server has agreed."""
         assert self._destination is not None
         try:
-            await self._source.hand_over(self._session.key.generation)
+            async with self._source.held():
+                await self._source.hand_over(self._session.key.generation)
         except FarfaultError as error:
             await self.roll_back(error)
         self._mark("hand-over")

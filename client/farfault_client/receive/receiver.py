@@ -9,52 +9,39 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
+import signal
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import receiver_pb2 as rpb
-from farfault_cli.errors import (
-    FarfaultError,
-    GuestWaitsError,
-    PreflightError,
-    RolledBackError,
-    UnreachableError,
-    UsageError,
-    VerificationError,
-)
+from farfault_cli.errors import FarfaultError, PreflightError, RolledBackError
 from farfault_shim.attach.listener import AttachListener
 from farfault_shim.attach.vmm import AttachedVmm
 from farfault_shim.attach.wire import VcpuCounters
-from farfault_shim.install.resident import resident_runs
 from farfault_shim.layout import PageRun
-from farfault_vmm.qmp import QmpVmm
 
 from farfault_client.engine import EngineConfig
+from farfault_client.receive.destination import Destination
 from farfault_client.receive.digest import RamDigest
+from farfault_client.receive.endings import wrong
 from farfault_client.receive.journal import Journal, Record, Step
 from farfault_client.receive.move import Move
 from farfault_client.receive.pager import Pager, layout_text
 from farfault_client.receive.preflight import check, failed, memory_checks, vm_checks
+from farfault_client.receive.recovery import Recovery
 from farfault_client.receive.removed_log import RemovedLog
 from farfault_client.receive.source import SourceVm
 from farfault_client.receive.status import Progress, status_of
 from farfault_client.receive.working_set import read_hints
-from farfault_client.session.backoff import backoff
 from farfault_client.session.session import Session, SessionConfig
 
 logger = logging.getLogger(__name__)
 
-RESTART_STEPS = frozenset({Step.HANDING_OVER, Step.RUNNING, Step.WRONG, Step.COMPLETED})
-"""Steps in which a VMM on this host may hold the VM: after a restart the receiver waits for it."""
 PREFLIGHT_ATTACH_TIMEOUT_S = 10.0
 """A preflight waits this long for a VMM to attach: it retries ten times a second."""
-RELEASE_ATTACH_TIMEOUT_S = 5.0
-"""A receiver that was restarted after the last page waits this long for a VMM that may have been released already."""
 ABORT_TIMEOUT_S = 20.0
 """For the source VM to run again; the page server may be out of reach."""
 
@@ -107,7 +94,10 @@ class Receiver:
         self._vmm: AttachedVmm | None = None
         self._attached = asyncio.Event()
         self._listener: AttachListener | None = None
-        self._destination: QmpVmm | None = None
+        self._destination = Destination(config.qmp, self._kill_vmm)
+        self._recovery = Recovery(
+            self.session, self.source, self._destination, self.journal, self._removed, self._attached
+        )
         self._moving: asyncio.Task[None] | None = None
         self._abort_asked = False
         self._vmm_exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -122,25 +112,16 @@ class Receiver:
             UsageError: the attach socket cannot be listened on.
             UnreachableError, FarfaultError: the page server does not answer, or refuses.
         """
-        record = self.journal.record
-        if record is not None and record.step is Step.ROLLED_BACK:
-            self.journal.forget()
-            record = None
-        target = self.config.session.peer.target
-        if record is not None and record.target != target:
-            raise UsageError(
-                f"{self.journal.path} is the record of a move from {record.target}, not from {target}",
-                "take that move up with the same --source, or name another folder with --state",
-            )
+        record = self._recovery.find()
         if record is None:
-            lease = await self.session.open()
+            lease, target = await self.session.open(), self.config.session.peer.target
             step = Step.OPENED
             self._removed.forget()
             self.journal.write(Record(step, target, lease.lease_id, lease.token, lease.generation))
         else:
             step = record.step
             logger.info("taking up the move that was %s", step.value)
-            await self._reopen(record)
+            await self._recovery.reopen(record)
         assert self.session.lease is not None
         if self.config.verify:
             self._digest = RamDigest(self.session.lease.layout)
@@ -158,8 +139,7 @@ class Receiver:
         """Ends connections and listening. The lease, the journal and the VMM stay as they are."""
         if self._listener is not None:
             await self._listener.close()
-        if self._destination is not None:
-            await self._destination.close()
+        await self._destination.close()
         self._removed.close()
         self._forget_exit()
         await self.session.close()
@@ -190,7 +170,7 @@ class Receiver:
         checks += memory_checks(self.session, self._vmm)
         if self.config.qmp is not None:
             try:
-                destination = await self._connect_destination()
+                destination = await self._destination.connect()
                 await destination.prepare_destination()
                 checks += await vm_checks(self.source, await destination.describe())
             except FarfaultError as error:
@@ -213,13 +193,13 @@ class Receiver:
         if self._abort_asked:
             raise RolledBackError("the move was aborted before the switchover; the source VM runs as before")
         self._phase(rpb.PHASE_SWITCHOVER)
-        assert self._destination is not None
-        move = Move(self.session, self.source, self._destination, self.journal)
+        assert self._destination.vmm is not None
+        move = Move(self.session, self.source, self._destination.vmm, self.journal)
         self._moving = asyncio.get_running_loop().create_task(move.run(), name="switchover")
         try:
             await self._moving
         except RolledBackError:
-            await self._discard_destination()
+            await self._destination.discard()
             raise
         finally:
             self._moving = None
@@ -233,27 +213,12 @@ class Receiver:
         await self._stream()
 
     async def take_up(self, step: Step) -> None:
-        """Goes on where the receiver before us was interrupted.
-
-        Raises:
-            RolledBackError: the move had not come to the point of no return; the source runs.
-            GuestWaitsError: the destination VMM is gone although the VM was handed over to it.
-        """
-        if step in (Step.OPENED, Step.SUSPENDING):
-            await self.source.resume()
-            self.journal.step(Step.ROLLED_BACK)
-            raise RolledBackError("the receiver was interrupted before the hand-over; the source VM runs as before")
-        if step is Step.WRONG:
-            raise _wrong("an earlier receiver of this move found memory that is not what the page server holds")
+        """Goes on where the receiver before us was interrupted. Raises what `Recovery.settle` does."""
+        await self._recovery.settle(step)
         if step is Step.COMPLETED:
-            await self._complete_again()
-            return
-        if step is Step.HANDING_OVER:
-            await self._settle_hand_over()
-        elif step is Step.RUNNING and self.config.qmp is not None:
-            await self._run_if_paused()
-        await self._attached.wait()
-        await self._stream()
+            await self._complete()
+        else:
+            await self._stream()
 
     async def abort(self) -> None:
         """Stops a move that has not come to the point of no return. When it returns the source VM runs as before.
@@ -303,7 +268,7 @@ class Receiver:
 
     def _check_not_too_late(self) -> None:
         record = self.journal.record
-        if record is not None and record.step in RESTART_STEPS:
+        if record is not None and record.vm_may_be_here:
             raise FarfaultError(
                 f"too late, the move is past the point of no return ({record.step.value}): the newest state of the VM "
                 "is on this host and the source must not run again",
@@ -353,7 +318,7 @@ class Receiver:
             theirs = await self.source.digest(chunk.region, chunk.runs)
             if theirs != chunk.digest:
                 self.journal.step(Step.WRONG)
-                raise _wrong(f"{chunk} are not what the page server holds")
+                raise wrong(f"{chunk} are not what the page server holds")
             self.progress.verified_pages += chunk.page_count
         total = self.pager.layout.page_count
         logger.info("verified: %d of %d pages are what the page server holds", self.progress.verified_pages, total)
@@ -374,95 +339,14 @@ class Receiver:
         self._removed.forget()
         self._phase(rpb.PHASE_DONE)
 
-    async def _complete_again(self) -> None:
-        """Every page had come. A VMM that was released already does not attach again: the wait for it is bounded."""
-        try:
-            async with asyncio.timeout(RELEASE_ATTACH_TIMEOUT_S):
-                await self._attached.wait()
-        except TimeoutError:
-            logger.info("no VMM attached: it was released before")
-        await self._complete()
-
-    async def _settle_hand_over(self) -> None:
-        """The receiver died between its record of HANDING_OVER and that of RUNNING: this VM has not run here.
-
-        Only the page server knows on which side of the point of no return that was.
-
-        Raises:
-            RolledBackError: before it, and the destination VMM no longer holds the VM; the source runs.
-            FarfaultError: after it, and the destination VMM no longer holds the VM.
-        """
-        try:
-            destination = await self._connect_destination()
-            lacks = "" if await destination.status() != "inmigrate" else "the destination VMM holds no device state"
-        except UnreachableError as error:
-            lacks = error.problem
-        move = Move(self.session, self.source, self._destination, self.journal)
-        try:
-            if lacks:
-                await move.roll_back(FarfaultError(lacks))
-            await self._attached.wait()
-            await move.finish()
-        except RolledBackError:
-            await self._discard_destination()
-            raise
-
-    async def _run_if_paused(self) -> None:
-        """The receiver died between its record of the hand-over and `cont`."""
-        destination = await self._connect_destination()
-        status = await destination.status()
-        if status == "inmigrate":
-            raise GuestWaitsError(
-                "the destination VMM was started anew and holds no VM, although the VM was handed over to this host",
-                "its state went with the VMM that had it; the page server still holds the memory of the switchover",
-            )
-        if status != "running":
-            await destination.cont()
-
-    async def _reopen(self, record: Record) -> None:
-        """Takes the lease up again.
-
-        Until the VM has run here the source may have been rolled back, which makes another generation of its
-        memory: that must not keep us from finding out.
-        """
-        may_differ = record.step in (Step.OPENED, Step.SUSPENDING, Step.HANDING_OVER)
-        key = record.lease._replace(generation=0) if may_differ else record.lease
-        waits = backoff(random.random)
-        while True:
-            try:
-                await self.session.open(key)
-                self.session.expect_generation(record.generation)
-                return
-            except UnreachableError as error:
-                if record.step not in RESTART_STEPS:
-                    raise
-                logger.warning("%s; the guest waits", error.problem)
-                await asyncio.sleep(next(waits))
-
-    async def _connect_destination(self) -> QmpVmm:
-        assert self.config.qmp is not None
-        if self._destination is None:
-            self._destination = await QmpVmm.connect(self.config.qmp)
-        return self._destination
-
-    async def _discard_destination(self) -> None:
-        """Half a VM is of no use; its VMM ends so that nobody runs it by mistake."""
-        if self._destination is None:
-            return
-        try:
-            await self._destination.quit()
-        except FarfaultError as error:
-            logger.warning("the destination VMM does not end: %s", error.problem)
-        self._destination = None
-
     def _on_attached(self, vmm: AttachedVmm) -> None:
         assert self.pager is not None
         if self._vmm is not None:
             vmm.refuse(f"the VMM with pid {self._vmm.pid} is attached already")
             return
         try:
-            if self.journal.record is not None and self.journal.record.step in RESTART_STEPS:
-                self._rebuild(vmm)
+            if self.journal.vm_may_be_here:
+                self._recovery.rebuild(self.pager, vmm)
             self.pager.attach(vmm)
         except ValueError as error:
             logger.error("VMM with pid %d refused: %s", vmm.pid, error)
@@ -475,15 +359,6 @@ class Receiver:
         logger.info("VMM with pid %d attached, fault source %s", vmm.pid, vmm.fault_source.value)
         self.progress.fault_source = vmm.fault_source.value
         self._notify()
-
-    def _rebuild(self, vmm: AttachedVmm) -> None:
-        """The installed set from the kernel, never from hope."""
-        assert self.pager is not None
-        if vmm.layout != self.pager.layout:
-            return  # attach says so
-        resident = chain.from_iterable(map(resident_runs, vmm.ram_fds, vmm.layout.regions))
-        self.pager.restore(resident, self._removed.runs(vmm.layout.page_count))
-        logger.info("%d pages were in memory already", self.pager.engine.settled_pages)
 
     def _on_detached(self, vmm: AttachedVmm) -> None:
         if self._vmm is not vmm:
@@ -516,6 +391,14 @@ class Receiver:
         if not self._vmm_exited.done():
             self._vmm_exited.set_result(None)
 
+    def _kill_vmm(self) -> None:
+        if self._vmm_pidfd < 0:
+            return
+        try:
+            signal.pidfd_send_signal(self._vmm_pidfd, signal.SIGKILL)
+        except OSError as error:
+            logger.warning("the destination VMM cannot be killed: %s", error.strerror)
+
     def _forget_exit(self) -> None:
         if self._vmm_pidfd >= 0:
             asyncio.get_running_loop().remove_reader(self._vmm_pidfd)
@@ -536,30 +419,3 @@ class Receiver:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
-
-
-def _wrong(problem: str) -> VerificationError:
-    return VerificationError(
-        problem,
-        "do not trust this VM; keep the RAM files and the logs of both sides: the page server still holds the memory "
-        "as it was at the switchover",
-    )
-
-
-def told_to_end(receiver: Receiver) -> FarfaultError:
-    """What SIGTERM or Ctrl-C means at this moment."""
-    record = receiver.journal.record
-    if record is not None and record.step in RESTART_STEPS:
-        return GuestWaitsError(
-            "the receiver was told to end in the middle of a move", "start the same command again to take it up"
-        )
-    return FarfaultError("the receiver was told to end; nothing was moved")
-
-
-def outcome(receiver: Receiver, error: FarfaultError) -> FarfaultError:
-    """The error that a user should see: after the hand-over the guest waits, whatever went wrong."""
-    record = receiver.journal.record
-    is_plain = type(error) in (FarfaultError, UnreachableError)
-    if record is not None and record.step in (Step.RUNNING, Step.HANDING_OVER) and is_plain:
-        return GuestWaitsError(error.problem, error.remedy)
-    return error

@@ -293,8 +293,10 @@ class MemoryBackend(_message.Message):
     def __init__(self, id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class SuspendRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("resume_after_ms",)
+    RESUME_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    resume_after_ms: int
+    def __init__(self, resume_after_ms: _Optional[int] = ...) -> None: ...
 
 class DeviceStateChunk(_message.Message):
     __slots__ = ("data", "last", "checksum", "generation", "stopped_unix_us", "stopped_for_us")
@@ -311,6 +313,16 @@ class DeviceStateChunk(_message.Message):
     stopped_unix_us: int
     stopped_for_us: int
     def __init__(self, data: _Optional[bytes] = ..., last: _Optional[bool] = ..., checksum: _Optional[int] = ..., generation: _Optional[int] = ..., stopped_unix_us: _Optional[int] = ..., stopped_for_us: _Optional[int] = ...) -> None: ...
+
+class HoldRequest(_message.Message):
+    __slots__ = ("resume_after_ms",)
+    RESUME_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    resume_after_ms: int
+    def __init__(self, resume_after_ms: _Optional[int] = ...) -> None: ...
+
+class HoldResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class HandOverRequest(_message.Message):
     __slots__ = ("generation",)

@@ -356,6 +356,11 @@ class SourceServiceStub:
                 request_serializer=farfault_dot_v1_dot_pages__pb2.SuspendRequest.SerializeToString,
                 response_deserializer=farfault_dot_v1_dot_pages__pb2.DeviceStateChunk.FromString,
                 _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/farfault.v1.SourceService/Hold',
+                request_serializer=farfault_dot_v1_dot_pages__pb2.HoldRequest.SerializeToString,
+                response_deserializer=farfault_dot_v1_dot_pages__pb2.HoldResponse.FromString,
+                _registered_method=True)
         self.HandOver = channel.unary_unary(
                 '/farfault.v1.SourceService/HandOver',
                 request_serializer=farfault_dot_v1_dot_pages__pb2.HandOverRequest.SerializeToString,
@@ -383,6 +388,15 @@ class SourceServiceServicer:
         """Stops the VM and streams its device state, an opaque byte string for the destination VMM. The
         memory is frozen from the first chunk on. The last chunk has `last` set and the digest of all
         bytes. If the stream breaks before that, the server resumes the VM unless the lease was handed over.
+        With `resume_after_ms` it also does so, until HandOver, once it has not heard of the client for so long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Hold(self, request, context):
+        """The client is there: the time that Suspend gave begins anew. FAILED_PRECONDITION when the VM does not stand
+        still for it: it was resumed, or handed over. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -415,6 +429,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     servicer.Suspend,
                     request_deserializer=farfault_dot_v1_dot_pages__pb2.SuspendRequest.FromString,
                     response_serializer=farfault_dot_v1_dot_pages__pb2.DeviceStateChunk.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=farfault_dot_v1_dot_pages__pb2.HoldRequest.FromString,
+                    response_serializer=farfault_dot_v1_dot_pages__pb2.HoldResponse.SerializeToString,
             ),
             'HandOver': grpc.unary_unary_rpc_method_handler(
                     servicer.HandOver,
@@ -482,6 +501,33 @@ class SourceService:
             '/farfault.v1.SourceService/Suspend',
             farfault_dot_v1_dot_pages__pb2.SuspendRequest.SerializeToString,
             farfault_dot_v1_dot_pages__pb2.DeviceStateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farfault.v1.SourceService/Hold',
+            farfault_dot_v1_dot_pages__pb2.HoldRequest.SerializeToString,
+            farfault_dot_v1_dot_pages__pb2.HoldResponse.FromString,
             options,
             channel_credentials,
             insecure,

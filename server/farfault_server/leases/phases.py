@@ -67,6 +67,9 @@ UNCONTROLLED_TRANSITIONS: Final[dict[tuple[Phase, Step], Phase]] = {
 STOPPED: Final = frozenset({Phase.FROZEN, Phase.HANDED_OVER, Phase.COMPLETED})
 """The memory does not change: pages are served."""
 
+TAKEN: Final = frozenset({Phase.SUSPENDING, Phase.FROZEN, Phase.RESUMING})
+"""The VM may stand still for a destination that does not own it: it can be brought back."""
+
 GONE: Final = frozenset({Phase.HANDED_OVER, Phase.COMPLETED})
 """A destination owns the VM: the source is never resumed again."""
 

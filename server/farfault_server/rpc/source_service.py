@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import grpc
 from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import FarfaultError
 
+from farfault_server.leases.book import Lease
 from farfault_server.leases.keeper import LeaseKeeper
 from farfault_server.rpc.calls import Context, abort, credentials, parse, with_refusals
 from farfault_server.rpc.page_service import unary
@@ -35,6 +37,7 @@ class SourceService:
                     self.suspend,
                     response_serializer=lambda chunk: chunk.SerializeToString(),
                 ),
+                "Hold": unary(self.hold, pb.HoldRequest),
                 "HandOver": unary(self.hand_over, pb.HandOverRequest),
                 "Resume": unary(self.resume, pb.ResumeRequest),
             },
@@ -46,16 +49,29 @@ class SourceService:
         return pb.DescribeVmResponse(description=(await self.owner.describe()).to_proto())
 
     async def suspend(self, message: bytes, context: Context) -> None:
-        """Writes the chunks itself: a write that fails, or a client that leaves, ends the generator early."""
+        """Writes the chunks itself: a write that fails, or a client that leaves, ends the generator early.
+
+        So does a client that is not heard of: a link on which packets vanish keeps a write waiting.
+        """
         try:
-            parse(pb.SuspendRequest, message)
+            request = parse(pb.SuspendRequest, message)
             lease = self.keeper.authorize(*credentials(context))
-            async with aclosing(self.owner.suspend(lease)) as chunks:  # type: ignore[type-var]
-                async for chunk in chunks:
-                    await context.write(chunk)
+            sending = self._send_device_state(lease, request.resume_after_ms / 1000, context)
+            await self.owner.while_held(asyncio.ensure_future(sending))
         except FarfaultError as error:
             logger.warning("Suspend failed: %s", error.problem)
             await abort(context, error)
+
+    async def _send_device_state(self, lease: Lease, silence_s_max: float, context: Context) -> None:
+        async with aclosing(self.owner.suspend(lease, silence_s_max)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                await context.write(chunk)
+
+    @with_refusals
+    async def hold(self, request: pb.HoldRequest, context: Context) -> pb.HoldResponse:
+        lease = self.keeper.authorize(*credentials(context))
+        self.owner.hold(lease, request.resume_after_ms / 1000)
+        return pb.HoldResponse()
 
     @with_refusals
     async def hand_over(self, request: pb.HandOverRequest, context: Context) -> pb.HandOverResponse:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 from farfault_cli.errors import UsageError
 from farfault_shim.attach.wire import AddressSource, FaultSource, Report, ReportKind, Verdict, VerdictKind
@@ -20,7 +19,6 @@ from farfault_shim.kvm.simulated import SimulatedSampler, SimulatedVcpu, Simulat
 from farfault_shim.kvm.simulated_memory import Backing
 from farfault_shim.refvmm import gate as gate_module
 from farfault_shim.refvmm.attachment import Attachment
-from farfault_shim.refvmm.command import SizeType
 from farfault_shim.refvmm.far_faults import FarFaultReporter
 from farfault_shim.refvmm.gate import RunGate, StuckError
 from farfault_shim.refvmm.memory import GuestMemory
@@ -70,20 +68,6 @@ def test_ram_needs_a_file_and_a_size(tmp_path: Path) -> None:
         GuestMemory(tmp_path / "none" / "ram", RAM_BYTES, Machine.PC)
     with pytest.raises(UsageError, match="whole pages"):
         GuestMemory(tmp_path / "ram", RAM_BYTES + 5, Machine.PC)
-
-
-@pytest.mark.parametrize(
-    ("text", "size_bytes"),
-    [("128MiB", 128 << 20), ("4G", 4 << 30), ("1048576", 1 << 20), ("2 kb", 2048), ("1TiB", 1 << 40)],
-)
-def test_sizes(text: str, size_bytes: int) -> None:
-    assert SizeType().convert(text, None, None) == size_bytes
-
-
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1.5G", "4X"])
-def test_no_sizes(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="examples"):
-        SizeType().convert(text, None, None)
 
 
 # ---- gate ----------------------------------------------------------------------------------------------

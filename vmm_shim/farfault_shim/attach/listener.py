@@ -25,6 +25,7 @@ from farfault_shim.attach.wire import (
     HandOver,
     ProtocolError,
 )
+from farfault_shim.unix_path import check_socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ DESCRIPTORS_MAX: Final = REGIONS_MAX + 3
 PEERS_MAX: Final = 16
 """Connections at one time that have not handed over yet, and VMMs."""
 HANDOVER_TIMEOUT_S: Final = 5.0
-UNIX_PATH_BYTES_MAX: Final = 107
 
 
 class AttachListener:
@@ -64,7 +64,7 @@ class AttachListener:
         """Listens. A stale socket file is replaced, a live one is not.
 
         Args:
-            path: of the socket, at most 107 bytes.
+            path: of the socket, at most `UNIX_PATH_BYTES_MAX` bytes.
             on_attached: a VMM handed its memory over; it answers with ``vmm.start`` or ``vmm.refuse``.
             on_detached: its connection ended.
             allowed_uids: users whose processes may attach, besides our own and root.
@@ -72,11 +72,7 @@ class AttachListener:
         Raises:
             UsageError: the path cannot be listened on.
         """
-        if len(os.fsencode(path)) > UNIX_PATH_BYTES_MAX:
-            raise UsageError(
-                f"attach socket path is longer than {UNIX_PATH_BYTES_MAX} bytes: {path}",
-                "choose a shorter --attach",
-            )
+        check_socket_path(path, "choose a shorter --attach")
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _remove_stale(path)

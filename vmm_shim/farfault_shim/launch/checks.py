@@ -14,8 +14,8 @@ from typing import Final
 from farfault_cli.errors import FarfaultError, UsageError
 
 from farfault_shim.launch.environment import MEMFD_PREFIX
+from farfault_shim.unix_path import check_socket_path
 
-UNIX_PATH_BYTES_MAX: Final = 107
 RAM_PATHS_MAX: Final = 64
 _ELF_HEADER: Final = struct.Struct("<4sBB10xHHIQQQIHHH")
 """Elf64_Ehdr up to e_phnum: magic, class, data, type, machine, version, entry, phoff, shoff, flags, ehsize,
@@ -85,8 +85,7 @@ def check_attach(path: Path) -> Path:
         UsageError: too long, its folder is missing, or a file that is no socket is there.
     """
     absolute = path.absolute()
-    if len(os.fsencode(absolute)) > UNIX_PATH_BYTES_MAX:
-        raise UsageError(f"the attach socket's path is longer than {UNIX_PATH_BYTES_MAX} bytes: {absolute}")
+    check_socket_path(absolute, "choose a shorter --attach")
     if not absolute.parent.is_dir():
         raise UsageError(f"{absolute.parent} is not a folder", "make it, or give the receiver's --attach path")
     if absolute.exists() and not absolute.is_socket():

@@ -11,6 +11,7 @@ from farfault_cli.errors import UsageError
 
 from farfault_shim.attach.wire import FaultSource
 from farfault_shim.sources.choose import AUTO, REAL_SOURCES, Choice, choose
+from farfault_shim.sources.options import host_options
 
 WISHES = (AUTO, *(source.value for source in REAL_SOURCES))
 
@@ -33,19 +34,7 @@ WISHES = (AUTO, *(source.value for source in REAL_SOURCES))
     show_default=True,
     help="How vCPUs miss pages; auto takes the best that is safe here (see `farfault probe`).",
 )
-@click.option(
-    "--kernel-interface",
-    "interface_texts",
-    multiple=True,
-    metavar="SERIES:flag=N:cap=N",
-    envvar="FARFAULT_KERNEL_INTERFACE",
-    help="A NOWAIT interface of a patched kernel, tried on a scratch VM.",
-)
-@click.option(
-    "--userfaultfd-device-fd",
-    type=click.IntRange(min=3),
-    help="Inherited descriptor of /dev/userfaultfd, for a user who may not open it (systemd OpenFile=).",
-)
+@host_options
 @click.option(
     "--print-env",
     type=click.Choice(["shell", "json"]),

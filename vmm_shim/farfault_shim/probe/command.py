@@ -10,6 +10,7 @@ from farfault_cli.errors import PreflightError
 
 from farfault_shim.attach.wire import FaultSource
 from farfault_shim.sources.choose import AUTO
+from farfault_shim.sources.options import host_options
 
 WISHES = (AUTO, *(source.value for source in FaultSource))
 
@@ -22,19 +23,7 @@ WISHES = (AUTO, *(source.value for source in FaultSource))
     show_default=True,
     help="Ask for this one: is it possible here?",
 )
-@click.option(
-    "--kernel-interface",
-    "interface_texts",
-    multiple=True,
-    metavar="SERIES:flag=N:cap=N",
-    envvar="FARFAULT_KERNEL_INTERFACE",
-    help="A NOWAIT interface of a patched kernel, tried on a scratch VM; may be repeated.",
-)
-@click.option(
-    "--userfaultfd-device-fd",
-    type=click.IntRange(min=3),
-    help="Inherited descriptor of /dev/userfaultfd, as for `farfault run`.",
-)
+@host_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 def probe(
     fault_source: str, interface_texts: tuple[str, ...], userfaultfd_device_fd: int | None, as_json: bool

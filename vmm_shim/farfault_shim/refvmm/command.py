@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import Final
 
 import click
 from farfault_cli.errors import UsageError
 from farfault_cli.logs import configure_logging
-
-_SIZE: Final = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_FACTORS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-class SizeType(click.ParamType[int]):
-    """``128MiB``, ``4G``, ``1048576``: powers of 1024."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = _SIZE.fullmatch(str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is no size; examples: 128MiB, 4G, 1048576", param, ctx)
-        return int(match[1]) * _FACTORS[match[2].upper()]
+from farfault_cli.sizes import SIZE
 
 
 @click.command("reference-vmm")
 @click.option("--ram", type=click.Path(path_type=Path), required=True, help="RAM file; best in /dev/shm. It stays.")
-@click.option("--size", type=SizeType(), default="128MiB", show_default=True, help="RAM.")
+@click.option("--size", type=SIZE, default="128MiB", show_default=True, help="RAM.")
 @click.option("--vcpus", type=click.IntRange(1, 64), default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
     "--machine",

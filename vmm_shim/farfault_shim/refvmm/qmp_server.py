@@ -16,6 +16,7 @@ from typing import Any, Final
 from farfault_cli.errors import UsageError
 
 from farfault_shim.refvmm import qmp
+from farfault_shim.unix_path import check_socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,6 @@ RECEIVE_BYTES: Final = 1 << 16
 DESCRIPTORS_PER_MESSAGE_MAX: Final = 4
 SEND_TIMEOUT_S: Final = 5.0
 """A client that does not read for so long is dropped."""
-UNIX_PATH_BYTES_MAX: Final = 107
 
 
 class QmpServer:
@@ -42,8 +42,7 @@ class QmpServer:
         self._reader = qmp.RequestReader()
         self._send_lock = threading.Lock()
         hidden = path.with_name(f"{path.name}.{os.getpid()}")
-        if len(os.fsencode(hidden)) > UNIX_PATH_BYTES_MAX:
-            raise UsageError(f"{hidden} is longer than {UNIX_PATH_BYTES_MAX} bytes", "choose a shorter --qmp")
+        check_socket_path(hidden, "choose a shorter --qmp")
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._listening.bind(os.fspath(hidden))

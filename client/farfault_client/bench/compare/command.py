@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 
 import click
 from farfault_cli.errors import PreflightError, UsageError, VerificationError
+from farfault_cli.sizes import parse_rate, parse_size
 
 from farfault_client.bench.compare.results import Results, headings, ratio_text, rows
 from farfault_client.bench.compare.run import Run, play
@@ -20,7 +21,7 @@ from farfault_client.bench.compare.scenario import Axes, GuestKind, Mode, Scenar
 from farfault_client.bench.document import replace_section
 from farfault_client.bench.machine import command_line, describe_machine
 from farfault_client.demo.vms import QEMU
-from farfault_client.options import FILE, SIZE
+from farfault_client.options import FILE
 
 T = TypeVar("T")
 RUNS_DEFAULT: Final = 5
@@ -45,10 +46,6 @@ class CommaList(click.ParamType[list[Any]]):
             self.fail(str(error), param, ctx)
 
 
-def _size(text: str) -> int:
-    return SIZE.convert(text, None, None)
-
-
 @click.command()
 @click.option(
     "--mode",
@@ -66,7 +63,7 @@ def _size(text: str) -> int:
     show_default=True,
     help="Order in which the guest rewrites its pages.",
 )
-@click.option("--ram", "rams", type=CommaList(_size, "sizes"), default="1GiB,128MiB,4GiB", show_default=True)
+@click.option("--ram", "rams", type=CommaList(parse_size, "sizes"), default="1GiB,128MiB,4GiB", show_default=True)
 @click.option("--vcpus", type=CommaList(int, "counts"), default="1,2,4", show_default=True)
 @click.option(
     "--rtt-ms",
@@ -79,7 +76,7 @@ def _size(text: str) -> int:
 @click.option(
     "--rate",
     "rates",
-    type=CommaList(_size, "bytes/s"),
+    type=CommaList(parse_rate, "bytes/s"),
     default="0",
     show_default=True,
     help="Its rate in each direction, such as 125MB/s; 0: no limit.",
