@@ -1,8 +1,9 @@
 """A hand-packed `PageBatch`: the bytes that the generated class writes, without copying pages more than once.
 
-The generated class copies the page data into the message and once more into the wire bytes; reading copies it
-twice too. Here `encode_batch` joins a short header and the pages in one copy, and `decode_batch` leaves the pages
-where they are. Field numbers and wire types are those of pages.proto; tests hold both against the generated class.
+The generated class copies the page data into the message and once more into the wire bytes; reading copies it twice
+too. Here `encode_batch` joins a short header and the pages in one copy, `encode_pieces` in none, and `decode_batch`
+leaves the pages where they are. Field numbers and wire types are those of pages.proto; tests hold both against the
+generated class.
 """
 
 from __future__ import annotations
@@ -83,13 +84,39 @@ def encode_batch(
     server_queue_us: int = 0,
     server_read_us: int = 0,
 ) -> bytes:
-    """The wire bytes of a `PageBatch`, the same that the generated class writes.
+    """The wire bytes of a `PageBatch`, the same that the generated class writes; arguments as of `encode_pieces`.
+
+    Pages are copied once.
+    """
+    pieces = encode_pieces(
+        done_request_ids,
+        extents,
+        checksum,
+        (data,) if isinstance(data, bytes) else data,
+        generation,
+        server_queue_us=server_queue_us,
+        server_read_us=server_read_us,
+    )
+    return b"".join(pieces)
+
+
+def encode_pieces(
+    done_request_ids: Iterable[int],
+    extents: Iterable[Extent],
+    checksum: int,
+    data: Sequence[bytes],
+    generation: int,
+    *,
+    server_queue_us: int = 0,
+    server_read_us: int = 0,
+) -> list[bytes]:
+    """A `PageBatch` in pieces that make its wire bytes one after the other: pages are not copied at all.
 
     Args:
         done_request_ids: requests that are answered in full, each in [0, 2**64).
         extents: runs of pages.
-        checksum: XXH3-64 of all data.
-        data: the pages, in one piece or in several; copied once.
+        checksum: see `farfault.checksum`.
+        data: the pages, in one piece or in several.
         generation: of the memory.
         server_queue_us: time in the queue.
         server_read_us: time to read.
@@ -110,11 +137,10 @@ def encode_batch(
         tail += _QUEUE_TAG + varint(server_queue_us)
     if server_read_us:
         tail += _READ_TAG + varint(server_read_us)
-    pieces = (data,) if isinstance(data, bytes) else data
-    size_bytes = sum(map(len, pieces))
+    size_bytes = sum(map(len, data))
     if size_bytes:
         head += DATA_TAG + varint(size_bytes)
-    return b"".join((head, *pieces, tail))
+    return [bytes(head), *data, tail]
 
 
 def _extent_body(extent: Extent) -> bytes:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import xxhash
-from farfault.codec import DecodedBatch, _decode_large, decode_batch, encode_batch, varint
+from farfault.codec import DecodedBatch, _decode_large, decode_batch, encode_batch, encode_pieces, varint
 from farfault.v1 import pages_pb2 as pb
 from google.protobuf.message import DecodeError
 from hypothesis import given
@@ -56,6 +56,7 @@ def test_data_may_come_in_pieces(fields, cuts):
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [data[start:stop] for start, stop in pairwise(edges)]
     assert encode_batch(**{**fields, "data": pieces}) == encode_batch(**fields)
+    assert b"".join(encode_pieces(**{**fields, "data": pieces})) == encode_batch(**fields)
 
 
 @given(UINT64)

@@ -1,7 +1,8 @@
 """Turns waiting requests into batches: reads pages, leaves zero pages out, adds the checksum.
 
 The core of every lane. The driver calls `Answering.receive` for each message that comes, and `Answering.next_batch`
-until it returns None. A lone request is answered by the first call; requests that came meanwhile share a batch.
+(or `next_pieces`) until it returns None. A lone request is answered by the first call; requests that came meanwhile
+share a batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from farfault.checksum import batch_checksum
-from farfault.codec import Extent, encode_batch
+from farfault.codec import Extent, encode_pieces
 from farfault.v1 import pages_pb2 as pb
 
 from farfault_server.lanes.limits import DONE_PER_BATCH_MAX, EXTENTS_PER_BATCH_MAX, READS_PER_BATCH_MAX, LaneLimits
@@ -94,6 +95,11 @@ class Answering:
 
     def next_batch(self) -> bytes | None:
         """The wire bytes of the next batch, or None when nothing waits."""
+        pieces = self.next_pieces()
+        return None if pieces is None else b"".join(pieces)
+
+    def next_pieces(self) -> list[bytes] | None:
+        """The wire bytes of the next batch in pieces, its pages not copied, or None when nothing waits."""
         if not self.line:
             return None
         started_us = self._clock_us()
@@ -169,11 +175,11 @@ class Answering:
             else:
                 self._add_runs(region, region_id, page, block, batch)
 
-    def _pack(self, batch: _Batch, started_us: int, queue_us: int) -> bytes:
+    def _pack(self, batch: _Batch, started_us: int, queue_us: int) -> list[bytes]:
         generation = self._memory.generation
         checksum = batch_checksum(batch.done, batch.extents, generation, batch.data)
         read_us = self._clock_us() - started_us
-        message = encode_batch(
+        pieces = encode_pieces(
             batch.done,
             batch.extents,
             checksum,
@@ -182,8 +188,8 @@ class Answering:
             server_queue_us=queue_us,
             server_read_us=read_us,
         )
-        self._count(batch, len(message), queue_us, read_us)
-        return message
+        self._count(batch, sum(map(len, pieces)), queue_us, read_us)
+        return pieces
 
     def _count(self, batch: _Batch, size_bytes: int, queue_us: int, read_us: int) -> None:
         stats = self._stats
