@@ -38,19 +38,19 @@ class Way:
 
     Attributes:
         is_starting: it has not been seen full yet.
-        drains_until: at the beginning of an epoch little should be sent until then, to see the way without a queue.
+        is_draining: an epoch has begun, and nothing that was sent in it has come back: little should be in flight
+            meanwhile, so that the first that does shows the way without a queue.
     """
 
     def __init__(self) -> None:
         self.is_starting = True
-        self.drains_until = float("-inf")
+        self.is_draining = False
         self._delivered_bytes = 0
         self._delivered_at = 0.0
         self._delivered_sent_at = 0.0
         self._highest = [0.0, 0.0]  # of the last `RATE_ROUNDS` and of these
         self._shortest_s = float("inf")
-        self._shortest_of_epoch_s = float("inf")
-        self._epoch_began_at = float("-inf")
+        self._epoch_began_at = -1.0  # not yet
         self._round_ends_at_bytes = 0
         self._rounds = 0
         self._full_rate = 0.0
@@ -69,6 +69,8 @@ class Way:
 
     def departed(self, in_flight_bytes: int, now: float) -> Departure:
         """A request was sent while so much was in flight already."""
+        if self._epoch_began_at < 0:
+            self._epoch_began_at = now
         if not in_flight_bytes:
             self._delivered_at = self._delivered_sent_at = now  # nothing could come back in the meantime
         return Departure(now, self._delivered_bytes, self._delivered_at, self._delivered_sent_at)
@@ -78,12 +80,14 @@ class Way:
         self._delivered_bytes += size_bytes
         self._delivered_at, self._delivered_sent_at = now, departure.at
         round_trip_s = max(now - departure.at, 1e-9)
-        if now - self._epoch_began_at > EPOCH_S:
-            self._shortest_of_epoch_s = float("inf")
-            self._epoch_began_at = now
-            self.drains_until = now + round_trip_s
-        self._shortest_of_epoch_s = shortest_s = min(self._shortest_of_epoch_s, round_trip_s)
-        self._shortest_s = min(self._shortest_s, shortest_s) if now < self.drains_until else shortest_s
+        if departure.at < self._epoch_began_at:
+            self._shortest_s = min(self._shortest_s, round_trip_s)
+        elif self.is_draining:
+            self._shortest_s, self.is_draining = round_trip_s, False
+        else:
+            self._shortest_s = min(self._shortest_s, round_trip_s)
+            if now - self._epoch_began_at > EPOCH_S:
+                self._epoch_began_at, self.is_draining = now, True
         # Answers that waited for us come in one burst: then the time over which they had been asked for is the longer.
         took_s = max(now - departure.delivered_at, departure.at - departure.delivered_sent_at, round_trip_s)
         rate = (self._delivered_bytes - departure.delivered_bytes) / took_s

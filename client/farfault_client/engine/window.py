@@ -14,12 +14,14 @@ BATCH_S: Final = 0.001
 BATCH_BYTES_MIN: Final = 64 << 10
 BATCHES_AHEAD: Final = 2
 """Batches in flight beside what the way holds: the server reads one and we install one, and the window can grow."""
+CRUISE_GAIN: Final = 1.25
+"""Of what the way holds: round trips vary, and a window without room for that sees its own gaps as a slower way."""
 QUIET_S: Final = 0.05
 """After so long without a fault a queue on the way harms nobody yet."""
-QUIET_GAIN: Final = 1.25
+QUIET_GAIN: Final = 1.5
 STARTUP_GAIN: Final = 2.0
 """Until the way is seen full the window doubles in each round trip."""
-DRAIN_GAIN: Final = 0.5
+DRAIN_GAIN: Final = 0.25
 
 
 @dataclass
@@ -79,12 +81,12 @@ class BackgroundWindow:
             return
         self.batch_bytes = int(min(max(BATCH_BYTES_MIN, way.bytes_per_s * BATCH_S), self.batch_bytes_max))
         ahead_bytes = BATCHES_AHEAD * self.batch_bytes
-        if now < way.drains_until:
+        if way.is_draining:
             wanted = holds_bytes * DRAIN_GAIN
         elif way.is_starting:
             wanted = holds_bytes * STARTUP_GAIN + ahead_bytes
         elif now - self._last_fault_at > QUIET_S:
             wanted = holds_bytes * QUIET_GAIN + ahead_bytes
         else:
-            wanted = holds_bytes + ahead_bytes
+            wanted = holds_bytes * CRUISE_GAIN + ahead_bytes
         self.size_bytes = int(min(max(wanted, self.floor_bytes), self.ceiling_bytes))
