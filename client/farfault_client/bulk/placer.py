@@ -88,7 +88,7 @@ class Placer:
     ) -> int:
         """Returns how far it came: to the end, or to where an event must be read first."""
         region = self._layout.region_of_page(chunk.first)
-        with self._shared.second():
+        with self._shared.second:
             for part in runs_in(self._shared.states, chunk.first, chunk.count, PageState.IN_FLIGHT):
                 offset = data_offset + (part.first - chunk.first) * region.page_size_bytes
                 try:

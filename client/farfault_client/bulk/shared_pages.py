@@ -13,8 +13,7 @@ import fcntl
 import mmap
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Final
 
 YIELD_S: Final = 20e-6
@@ -29,15 +28,22 @@ class SharedPages:
     Args:
         page_count: pages of the guest.
         descriptor: of the memfd that the other process has made; None: make one. It is ours from now on.
+
+    Attributes:
+        states: the bytes.
+        first: ``with shared.first:`` holds the lock for the receiver, which does not stand in line: the bulk process
+            makes way.
+        second: holds it for the bulk process.
     """
 
     def __init__(self, page_count: int, descriptor: int | None = None) -> None:
-        self._wanted_at = page_count
         if descriptor is None:
             descriptor = os.memfd_create("farfault-pages", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, page_count + 1)
         self._descriptor = descriptor
         self.states = mmap.mmap(descriptor, page_count + 1)
+        self.first: AbstractContextManager[None] = _First(descriptor, self.states, page_count)
+        self.second: AbstractContextManager[None] = _Second(descriptor, self.states, page_count)
 
     def fileno(self) -> int:
         return self._descriptor
@@ -48,26 +54,34 @@ class SharedPages:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    @contextmanager
-    def first(self) -> Iterator[None]:
-        """Holds the lock for the receiver, which does not stand in line: the bulk process makes way."""
-        self.states[self._wanted_at] = 1
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
-        try:
-            self.states[self._wanted_at] = 0
-            yield
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
-    @contextmanager
-    def second(self) -> Iterator[None]:
-        """Holds the lock for the bulk process."""
+class _First:
+    """The receiver's turn."""
+
+    def __init__(self, descriptor: int, states: mmap.mmap, wanted_at: int) -> None:
+        self._descriptor, self._states, self._wanted_at = descriptor, states, wanted_at
+
+    def __enter__(self) -> None:
+        self._states[self._wanted_at] = 1
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        self._states[self._wanted_at] = 0
+
+    def __exit__(self, *error: object) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+
+class _Second:
+    """The bulk process's turn."""
+
+    def __init__(self, descriptor: int, states: mmap.mmap, wanted_at: int) -> None:
+        self._descriptor, self._states, self._wanted_at = descriptor, states, wanted_at
+
+    def __enter__(self) -> None:
         for _ in range(YIELDS_MAX):
-            if not self.states[self._wanted_at]:
+            if not self._states[self._wanted_at]:
                 break
             time.sleep(YIELD_S)
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+    def __exit__(self, *error: object) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN)

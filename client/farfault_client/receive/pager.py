@@ -304,7 +304,7 @@ class Pager:
         assert self._vmm is not None
         assert self._vmm.uffd is not None
         assert self._installer is not None
-        with self._shared.first():
+        with self._shared.first:
             events = self._vmm.uffd.read_events(EVENTS_PER_WAKEUP_MAX)
             awaited = [page for event in events if isinstance(event, Removed) for page in self._removed(event)]
         for page in awaited:
@@ -386,7 +386,7 @@ class Pager:
         lost_before = self.engine.stats.lost_pages
         for install in self.engine.arrived(answer.extents, answer.done, now):
             self._install(install, answer.data, answer.data_offset)
-        self._answered(lost_before, answer.refusals)
+        self._answered(lane, lost_before, answer.refusals)
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         now = time.monotonic()
@@ -404,7 +404,7 @@ class Pager:
         for install in self.engine.arrived(placed.extents, placed.done, now):
             self._install(install, b"")
         self.engine.stats.clipped_pages += placed.clipped_pages
-        self._answered(lost_before, placed.refusals)
+        self._answered(lane, lost_before, placed.refusals)
 
     def _note_trip(self, lane: Lane, answer: Answer | Placed, now: float) -> None:
         sent_at, in_flight = now, self._in_flight[lane]
@@ -415,7 +415,7 @@ class Pager:
                 self.stats.times.answered(sent, now)
         self._trip = Trip(sent_at, now, (answer.server_queue_us + answer.server_read_us) * 1e-6)
 
-    def _answered(self, lost_before: int, refusals: Iterable[str]) -> None:
+    def _answered(self, lane: Lane, lost_before: int, refusals: Iterable[str]) -> None:
         """An answer was dealt with: there may be more to ask for."""
         self._trip = None
         reasons = set(refusals)
@@ -427,7 +427,8 @@ class Pager:
             self.stats.refusals_in_a_row = 0
             if self.engine.demand_waits:
                 self.session.pump(Lane.DEMAND)
-            self.session.pump(Lane.BACKGROUND)
+            if lane is Lane.BACKGROUND or not self._in_flight[Lane.BACKGROUND]:  # else its next answer does
+                self.session.pump(Lane.BACKGROUND)
         self._check_finished()
 
     def _refused(self, reasons: set[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from farfault.checksum import checksum_of
+from farfault.checksum import batch_checksum
 from farfault.codec import DecodedBatch
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.layout import Layout, PageIndex, PageRun
@@ -114,35 +114,37 @@ def verify(decoded: DecodedBatch, layout: Layout, generation: int) -> Answer:
         raise BadAnswerError(f"memory generation {batch.generation} instead of {generation}: the source VM has run")
     if len(batch.extents) > EXTENTS_MAX:
         raise BadAnswerError(f"{len(batch.extents)} extents, more than {EXTENTS_MAX}")
-    if len(batch.done_request_ids) > DONE_MAX:
-        raise BadAnswerError(f"{len(batch.done_request_ids)} requests done, more than {DONE_MAX}")
+    done = tuple(batch.done_request_ids)
+    if len(done) > DONE_MAX:
+        raise BadAnswerError(f"{len(done)} requests done, more than {DONE_MAX}")
+    on_the_wire = [(extent.region, extent.first_page, extent.page_count, extent.kind) for extent in batch.extents]
     extents: list[Extent] = []
     refusals: list[str] = []
     expected_bytes = 0
-    for extent in batch.extents:
-        result = _RESULTS.get(extent.kind, ExtentResult.REFUSED)
-        if extent.region >= len(layout.regions):
-            raise BadAnswerError(f"region {extent.region} of {len(layout.regions)}")
-        region = layout.regions[extent.region]
-        if extent.page_count < 1 or extent.first_page + extent.page_count > region.page_count:
+    regions = layout.regions
+    for region_id, first_page, page_count, kind in on_the_wire:
+        if region_id >= len(regions):
+            raise BadAnswerError(f"region {region_id} of {len(regions)}")
+        region = regions[region_id]
+        if page_count < 1 or first_page + page_count > region.page_count:
             raise BadAnswerError(
-                f"pages {extent.first_page}+{extent.page_count} of region {region.index}, which has {region.page_count}"
+                f"pages {first_page}+{page_count} of region {region_id}, which has {region.page_count}"
             )
+        result = _RESULTS.get(kind, ExtentResult.REFUSED)
         if result is ExtentResult.DATA:
-            expected_bytes += extent.page_count * region.page_size_bytes
+            expected_bytes += page_count * region.page_size_bytes
         elif result is ExtentResult.REFUSED:
-            refusals.append(_status_name(extent.kind))
-        run = PageRun(PageIndex(region.first_page + extent.first_page), extent.page_count)
-        extents.append(Extent(run, result))
+            refusals.append(_status_name(kind))
+        extents.append(Extent(PageRun(PageIndex(region.first_page + first_page), page_count), result))
     if decoded.data_length != expected_bytes:
         raise BadAnswerError(f"{decoded.data_length} bytes of data for {expected_bytes} bytes of pages")
-    if checksum_of(batch, decoded.data) != batch.checksum:
+    if batch_checksum(done, on_the_wire, generation, (decoded.data,)) != batch.checksum:
         raise BadAnswerError(f"checksum of {expected_bytes} bytes does not match")
     return Answer(
         extents,
         decoded.buffer,  # type: ignore[arg-type]  # of a bulk stream it is a view of its buffer, which nobody looks at
         decoded.data_offset,
-        tuple(batch.done_request_ids),
+        done,
         tuple(refusals),
         batch.server_queue_us,
         batch.server_read_us,

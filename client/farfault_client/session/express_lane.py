@@ -42,6 +42,7 @@ class ExpressLane(asyncio.Protocol):
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._welcome: asyncio.Future[None] = self._loop.create_future()
         self._pump_scheduled = False
+        self._unanswered = 0
 
     @classmethod
     async def connect(
@@ -74,8 +75,10 @@ class ExpressLane(asyncio.Protocol):
         return lane
 
     def pump(self) -> None:
-        """Sends once this turn of the event loop is over, so that faults of one turn travel together."""
-        if not self._pump_scheduled:
+        """A lone fault goes at once; with requests under way, those of one turn of the event loop travel together."""
+        if not self._unanswered:
+            self._send()
+        elif not self._pump_scheduled:
             self._pump_scheduled = True
             self._loop.call_soon(self._send)
 
@@ -123,6 +126,7 @@ class ExpressLane(asyncio.Protocol):
         if not self._welcomed or self._ended.done():
             return
         while (request := self._user.next_request(Lane.DEMAND)) is not None:
+            self._unanswered += 1
             self._write(request.SerializeToString())
 
     def _write(self, message: bytes) -> None:
@@ -139,6 +143,7 @@ class ExpressLane(asyncio.Protocol):
         except BadAnswerError as error:
             self._end(error)
             return
+        self._unanswered -= len(answer.done)
         self._stats.answers += 1
         self._user.answered(Lane.DEMAND, answer)
 

@@ -144,7 +144,7 @@ def test_a_page_that_is_given_back_meanwhile_stays_empty(guest: Memory) -> None:
         os._exit(0)
     os.close(writer)
     time.sleep(0.05)
-    with guest.shared.first():
+    with guest.shared.first:
         events = guest.uffd.read_events()
         time.sleep(0.05)  # the placer would install into the gap now, if the lock did not hold it
         assert events == [Removed(guest.address + 2 * PAGE, guest.address + 4 * PAGE)]

@@ -16,7 +16,7 @@ shared = SharedPages(4, int(sys.argv[1]))
 print("ready", flush=True)
 until = time.monotonic() + float(sys.argv[2])
 while time.monotonic() < until:
-    with shared.second():
+    with shared.second:
         shared.states[0] = 1
         time.sleep(0.0005)
         shared.states[0] = 0
@@ -41,7 +41,7 @@ def test_one_at_a_time() -> None:
     process = other(shared, 1.0)
     turns = 0
     while process.poll() is None:
-        with shared.first():
+        with shared.first:
             assert shared.states[0] == 0
             turns += 1
             time.sleep(0.0001)
@@ -58,7 +58,7 @@ def test_a_process_that_dies_gives_the_lock_back() -> None:
         time.sleep(0.0001)
     process.kill()
     process.wait()
-    with shared.first():
+    with shared.first:
         pass
     shared.close()
 
@@ -67,7 +67,7 @@ def test_a_receiver_that_is_stopped_while_it_wants_the_lock_does_not_hold_the_ot
     shared = SharedPages(4)
     shared.states[4] = 1  # it is about to take the lock, and never does
     began = time.monotonic()
-    with shared.second():
+    with shared.second:
         pass
     assert time.monotonic() - began < 5.0
     shared.close()

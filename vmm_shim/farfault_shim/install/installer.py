@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -209,6 +209,9 @@ def _raise(error: int, run: PageRun, partial: InstallResult) -> None:
     raise InstallError(f"{where}: {os.strerror(error)} (errno {error})", partial)
 
 
+_NO_LOCK = nullcontext()
+
+
 class FileInstaller:
     """Writes pages into RAM files; a page is there when the file has data at its offset.
 
@@ -222,7 +225,7 @@ class FileInstaller:
         self,
         layout: Layout,
         ram_fds: Sequence[int],
-        lock: Callable[[], AbstractContextManager[None]] = nullcontext,
+        lock: AbstractContextManager[None] = _NO_LOCK,
     ) -> None:
         self._layout = layout
         self._ram_fds = ram_fds
@@ -258,7 +261,7 @@ class FileInstaller:
     def _write(self, page: PageIndex, region: Region, data: bytes, result: InstallResult) -> None:
         descriptor = self._ram_fds[region.index]
         offset = (page - region.first_page) * region.page_size_bytes
-        with self._lock():
+        with self._lock:
             exists = _has_data(descriptor, offset)
             if not exists:
                 os.pwrite(descriptor, data, offset)
