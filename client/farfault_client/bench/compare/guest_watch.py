@@ -18,7 +18,7 @@ from farfault_shim.guest.addresses import clock_address
 
 from farfault_client.bench.compare.guest_figures import GuestSample
 
-SAMPLE_INTERVAL_S: Final = 0.004
+SAMPLE_INTERVAL_S: Final = 0.02
 SAMPLES_MAX: Final = 500_000
 _CLOCK: Final = struct.Struct("<24xIb")
 """tsc_to_system_mul and tsc_shift of struct pvclock_vcpu_time_info."""
