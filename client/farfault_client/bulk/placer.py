@@ -27,7 +27,7 @@ from farfault_client.engine.states import PageState
 from farfault_client.session.answers import Placement
 
 CHUNK_BYTES: Final = 256 << 10
-"""Installed while the lock is held once, about 60 µs; one page is always allowed."""
+"""Installed while the lock is held once, about 0.13 ms; one page is always allowed."""
 DRAIN_ATTEMPTS_MAX: Final = 100_000
 """Times that a chunk is tried again because the receiver has yet to read an event: at least 5 s."""
 DRAIN_PAUSE_S: Final = 50e-6
