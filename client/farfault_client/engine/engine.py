@@ -101,6 +101,7 @@ class FaultEngine:
         self._hints: deque[PageRun] = deque()
         self._in_flight: dict[int, Fetch] = {}
         self._departures: dict[int, Departure] = {}  # of background requests
+        self._data_bytes = 0  # came with data since the last background request was answered
         self._background_in_flight_bytes = 0
         self._background_cursor = 0
         self._background_rests_until = float("-inf")
@@ -226,6 +227,7 @@ class FaultEngine:
                     self._zero(part, installs)
             else:
                 page_size = self._page_bytes(run.first)
+                self._data_bytes += run.count * page_size
                 for part in wanted:
                     pages.apply(part.first, part.count, _ARRIVE)
                     installs.append(Install(part, offset + (part.first - run.first) * page_size))
@@ -269,6 +271,7 @@ class FaultEngine:
         Returns:
             As `installed`.
         """
+        self._data_bytes += run.count * self._page_bytes(run.first)
         woken: list[Waiter] = []
         for part in self.pages.runs(run.first, run.count, _ABSENT, _WANTED, _IN_FLIGHT, _ARRIVED):
             woken += self.installed(part, existed=existed)
@@ -434,7 +437,8 @@ class FaultEngine:
         departure = self._departures.pop(request_id, None)
         if departure is not None:
             self._background_in_flight_bytes -= fetch.size_bytes
-            self.window.arrived(fetch.size_bytes, now, departure)
+            data_bytes, self._data_bytes = self._data_bytes, 0
+            self.window.arrived(fetch.size_bytes, data_bytes, now, departure)
         self._lose_unanswered(fetch)
 
     def _lose_unanswered(self, fetch: Fetch) -> None:

@@ -1,7 +1,8 @@
 """What the background learns about its way to the page server: how fast it is, how long, and whether it is full.
 
 Measured on every answer, as BBR does (Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 14(5),
-2016): the highest rate at which bytes came back of late, and the shortest round trip.
+2016): the highest rate at which bytes came back of late, and the shortest round trip. What was asked for and what had
+to be sent for it are measured apart: zero pages are asked for like others, and take no room on the way.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ class Departure(NamedTuple):
 
     Attributes:
         at: when.
-        delivered_bytes, delivered_at: how much had come back by then, and when the last of it did.
+        delivered_bytes, data_bytes: how much had been answered by then, and how much of it came with data.
+        delivered_at: when the last of it came.
         delivered_sent_at: when that last one had been sent.
     """
 
     at: float
     delivered_bytes: int
+    data_bytes: int
     delivered_at: float
     delivered_sent_at: float
 
@@ -46,9 +49,13 @@ class Way:
         self.is_starting = True
         self.is_draining = False
         self._delivered_bytes = 0
+        self._data_bytes = 0
         self._delivered_at = 0.0
         self._delivered_sent_at = 0.0
         self._highest = [0.0, 0.0]  # of the last `RATE_ROUNDS` and of these
+        self._highest_with_data = [0.0, 0.0]
+        self._data_rounds = 0
+        self._is_round_with_data = False
         self._shortest_s = float("inf")
         self._epoch_began_at = -1.0  # not yet
         self._round_ends_at_bytes = 0
@@ -62,6 +69,16 @@ class Way:
         return max(self._highest)
 
     @property
+    def data_bytes_per_s(self) -> float:
+        """The same of answers that were mostly data, however long ago; 0: none has come."""
+        return max(self._highest_with_data)
+
+    @property
+    def round_trip_s(self) -> float:
+        """The shortest round trip of late; infinite: nothing has come back yet."""
+        return self._shortest_s
+
+    @property
     def holds_bytes(self) -> float:
         """What is in flight when the way is full and nothing queues up; 0: nothing has come back yet."""
         rate = self.bytes_per_s
@@ -73,11 +90,12 @@ class Way:
             self._epoch_began_at = now
         if not in_flight_bytes:
             self._delivered_at = self._delivered_sent_at = now  # nothing could come back in the meantime
-        return Departure(now, self._delivered_bytes, self._delivered_at, self._delivered_sent_at)
+        return Departure(now, self._delivered_bytes, self._data_bytes, self._delivered_at, self._delivered_sent_at)
 
-    def arrived(self, size_bytes: int, now: float, departure: Departure) -> None:
-        """Its answer has come."""
+    def arrived(self, size_bytes: int, data_bytes: int, now: float, departure: Departure) -> None:
+        """Its answer has come, with data for so many of the bytes that were asked for."""
         self._delivered_bytes += size_bytes
+        self._data_bytes += data_bytes
         self._delivered_at, self._delivered_sent_at = now, departure.at
         round_trip_s = max(now - departure.at, 1e-9)
         if departure.at < self._epoch_began_at:
@@ -90,8 +108,12 @@ class Way:
                 self._epoch_began_at, self.is_draining = now, True
         # Answers that waited for us come in one burst: then the time over which they had been asked for is the longer.
         took_s = max(now - departure.delivered_at, departure.at - departure.delivered_sent_at, round_trip_s)
-        rate = (self._delivered_bytes - departure.delivered_bytes) / took_s
-        self._highest[-1] = max(self._highest[-1], rate)
+        came_bytes = self._delivered_bytes - departure.delivered_bytes
+        came_with_data = self._data_bytes - departure.data_bytes
+        self._highest[-1] = max(self._highest[-1], came_bytes / took_s)
+        if 2 * came_with_data >= came_bytes:
+            self._is_round_with_data = True
+            self._highest_with_data[-1] = max(self._highest_with_data[-1], came_with_data / took_s)
         if departure.delivered_bytes >= self._round_ends_at_bytes:
             self._begin_round()
 
@@ -102,6 +124,10 @@ class Way:
         rate = self.bytes_per_s
         if self._rounds % RATE_ROUNDS == 0:
             self._highest = [self._highest[-1], 0.0]
+        self._data_rounds += self._is_round_with_data
+        if self._is_round_with_data and self._data_rounds % RATE_ROUNDS == 0:
+            self._highest_with_data = [self._highest_with_data[-1], 0.0]
+        self._is_round_with_data = False
         if not self.is_starting:
             return
         if rate >= self._full_rate * STARTUP_GROWTH:

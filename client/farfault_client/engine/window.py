@@ -22,6 +22,10 @@ QUIET_GAIN: Final = 1.5
 STARTUP_GAIN: Final = 2.0
 """Until the way is seen full the window doubles in each round trip."""
 DRAIN_GAIN: Final = 0.25
+DATA_QUEUE_S: Final = 0.05
+"""Zero pages let the window grow beyond what the way holds of data; when data follow they queue up for so long."""
+UNKNOWN_BYTES_MAX: Final = 4 << 20
+"""The window until the first data have come."""
 
 
 @dataclass
@@ -63,9 +67,9 @@ class BackgroundWindow:
         if was_quiet:
             self._resize(now)
 
-    def arrived(self, size_bytes: int, now: float, departure: Departure) -> None:
-        """Background bytes arrived."""
-        self._way.arrived(size_bytes, now, departure)
+    def arrived(self, size_bytes: int, data_bytes: int, now: float, departure: Departure) -> None:
+        """Background bytes arrived, so many of them with data; the rest are zero."""
+        self._way.arrived(size_bytes, data_bytes, now, departure)
         self._resize(now)
 
     def lost(self) -> None:
@@ -89,4 +93,6 @@ class BackgroundWindow:
             wanted = holds_bytes * QUIET_GAIN + ahead_bytes
         else:
             wanted = holds_bytes * CRUISE_GAIN + ahead_bytes
-        self.size_bytes = int(min(max(wanted, self.floor_bytes), self.ceiling_bytes))
+        data_rate = way.data_bytes_per_s
+        room = data_rate * (way.round_trip_s + DATA_QUEUE_S) if data_rate else UNKNOWN_BYTES_MAX
+        self.size_bytes = int(min(max(min(wanted, room), self.floor_bytes), self.ceiling_bytes))

@@ -7,15 +7,17 @@ import random
 
 import pytest
 from farfault_client.engine import EngineConfig, Extent, ExtentResult, FaultEngine, Fetch, Priority
-from farfault_client.engine.way import EPOCH_S, RATE_ROUNDS, Way
+from farfault_client.engine.way import EPOCH_S, RATE_ROUNDS, Departure, Way
 from farfault_client.engine.window import (
     BATCH_BYTES_MIN,
     BATCH_S,
     BATCHES_AHEAD,
     CRUISE_GAIN,
+    DATA_QUEUE_S,
     PACE_S,
     QUIET_GAIN,
     QUIET_S,
+    UNKNOWN_BYTES_MAX,
     BackgroundWindow,
 )
 from farfault_shim.layout import Layout, PageIndex
@@ -139,10 +141,12 @@ def test_a_guest_that_faults_without_pause_does_not_starve_it() -> None:
     assert engine.finished
 
 
-def steady(window: BackgroundWindow, bytes_per_s: float, rtt_s: float, begin: float, seconds: float) -> float:
-    """Keeps as much in flight as the window says, over a way that never queues. Returns when it stopped."""
+def steady(
+    window: BackgroundWindow, bytes_per_s: float, rtt_s: float, begin: float, seconds: float, *, zeros: bool = False
+) -> float:
+    """Keeps as much in flight as the window says. Returns when it stopped."""
     now, in_flight = begin, 0
-    answers: list[tuple[float, int, object]] = []
+    answers: list[tuple[float, int, Departure]] = []
     free_at = begin
     while now < begin + seconds:
         while in_flight < window.size_bytes:
@@ -152,7 +156,7 @@ def steady(window: BackgroundWindow, bytes_per_s: float, rtt_s: float, begin: fl
             in_flight += window.batch_bytes
         now, size_bytes, departure = answers.pop(0)
         in_flight -= size_bytes
-        window.arrived(size_bytes, now, departure)  # type: ignore[arg-type]
+        window.arrived(size_bytes, 0 if zeros else size_bytes, now, departure)
     return now
 
 
@@ -183,6 +187,23 @@ def test_a_way_that_has_become_slow_holds_less() -> None:
     assert window.size_bytes < before / 4
 
 
+def test_zero_pages_do_not_make_room_for_seconds_of_data() -> None:
+    """A way of 12.5 MB/s: zero pages come back at 5 GB/s for a while, then data again."""
+    window = BackgroundWindow()
+    now = steady(window, 12.5e6, 0.025, 0.0, 2.0)
+    of_data = window.size_bytes
+    now = steady(window, 5e9, 0.025, now, 5.0, zeros=True)
+    assert of_data < window.size_bytes < 12.5e6 * (0.035 + DATA_QUEUE_S)
+    steady(window, 12.5e6, 0.025, now, 2.0)
+    assert window.size_bytes < 2 * of_data
+
+
+def test_before_any_data_the_window_is_small() -> None:
+    window = BackgroundWindow()
+    steady(window, 5e9, 0.025, 0.0, 1.0, zeros=True)
+    assert window.size_bytes == UNKNOWN_BYTES_MAX
+
+
 def test_it_ends_at_its_ceiling_and_begins_at_its_floor_again() -> None:
     window = BackgroundWindow()
     steady(window, 1e11, 0.025, 0.0, 1.0)
@@ -200,23 +221,23 @@ def test_answers_in_a_burst_do_not_make_the_way_look_fast() -> None:
         in_flight += 100_000
         if step % 5 == 4:
             for departure in departures:
-                way.arrived(100_000, step * 0.001 + 1e-6, departure)
+                way.arrived(100_000, 100_000, step * 0.001 + 1e-6, departure)
             departures, in_flight = [], 0
     assert way.bytes_per_s < 1.3 * rate
 
 
 def test_a_shortest_round_trip_is_measured_anew_without_a_queue() -> None:
     way = Way()
-    way.arrived(1000, 0.001, way.departed(0, 0.0))
+    way.arrived(1000, 1000, 0.001, way.departed(0, 0.0))
     assert way.holds_bytes == pytest.approx(1000)
     now = EPOCH_S + 0.1
     queued = way.departed(0, now)
-    way.arrived(1000, now + 0.1, way.departed(1000, now))
+    way.arrived(1000, 1000, now + 0.1, way.departed(1000, now))
     assert way.is_draining
-    way.arrived(1000, now + 0.2, queued)  # sent before the queue was known
+    way.arrived(1000, 1000, now + 0.2, queued)  # sent before the queue was known
     assert way.is_draining
     assert way.holds_bytes == pytest.approx(0.001 * way.bytes_per_s)
-    way.arrived(1000, now + 0.35, way.departed(0, now + 0.3))
+    way.arrived(1000, 1000, now + 0.35, way.departed(0, now + 0.3))
     assert not way.is_draining
     assert way.holds_bytes == pytest.approx(0.05 * way.bytes_per_s)
 
