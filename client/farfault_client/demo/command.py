@@ -12,6 +12,7 @@ import click
 from farfault_cli.errors import FarfaultError, UsageError, VerificationError
 from farfault_cli.sizes import SIZE
 
+from farfault_client.demo.fault_source import FAULT_SOURCES, choose_fault_source
 from farfault_client.demo.processes import Processes
 from farfault_client.demo.scene import Scene, SceneConfig, scene_folder
 from farfault_client.demo.vms import VmmKind
@@ -33,7 +34,7 @@ GUEST_RAM_MIN_BYTES = 24 << 20
 @click.option("--vcpus", type=click.IntRange(1, 64), default=2, show_default=True)
 @click.option(
     "--fault-source",
-    type=click.Choice(["auto", "stock-nowait", "blocking"]),
+    type=click.Choice(FAULT_SOURCES),
     default="auto",
     show_default=True,
     help="How vCPUs miss pages; auto: NOWAIT exits where this host can annotate them.",
@@ -66,7 +67,7 @@ def demo(
     ram_bytes = ram or RAM_DEFAULT[kind]
     if ram_bytes % (2 << 20) or ram_bytes < GUEST_RAM_MIN_BYTES:
         raise UsageError(f"--ram {ram_bytes} is not a multiple of 2 MiB from {GUEST_RAM_MIN_BYTES >> 20} MiB on")
-    source = _fault_source(kind, fault_source)
+    source = choose_fault_source(kind, fault_source)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the VMs end and their RAM is freed
     folder = scene_folder("farfault-demo-")
     record = folder / "move.jsonl"
@@ -86,22 +87,6 @@ def demo(
         click.echo(json.dumps(figures))
     if figures["verification_errors"]:
         raise VerificationError(f"the guest found {figures['verification_errors']} errors", f"logs are in {folder}")
-
-
-def _fault_source(kind: VmmKind, wish: str) -> str:
-    """What the destination's vCPUs do at a missing page."""
-    if kind is VmmKind.SIMULATED:
-        return "simulated"
-    if wish != "auto":
-        return wish
-    from farfault_shim.annotate.discover import discover
-
-    found = discover().values()
-    if any(discovery.annotator is not None for discovery in found):
-        return "stock-nowait"
-    problem = next(iter(found)).problem
-    click.echo(f"NOWAIT exits cannot be annotated here ({problem}); blocking userfaultfd instead", err=True)
-    return "blocking"
 
 
 def _play(config: SceneConfig, folder: Path, *, quiet: bool) -> dict[str, Any]:
