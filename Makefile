@@ -48,6 +48,7 @@ bench-docs: setup
 	@$(BIN)/farfault bench compare --markdown docs/benchmarks.md $(BENCH_FLAGS)
 	@$(BIN)/farfault bench micro --markdown docs/benchmarks.md
 	@$(BIN)/farfault bench vcpus --markdown docs/benchmarks.md
+	@$(BIN)/farfault bench fleet --markdown docs/benchmarks.md
 
 # The virtual environment follows pyproject.toml.
 $(VENV)/.installed: pyproject.toml | machine

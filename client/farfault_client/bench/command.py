@@ -9,6 +9,7 @@ import click
 
 SUBCOMMANDS: Final = {
     "compare": "farfault_client.bench.compare.command:compare",
+    "fleet": "farfault_client.bench.fleet.command:fleet",
     "micro": "farfault_client.bench.micro.command:micro",
     "vcpus": "farfault_client.bench.vcpus.command:vcpus",
 }
@@ -37,6 +38,7 @@ def bench() -> None:
       farfault bench compare    whole moves beside QEMU's own post-copy
       farfault bench micro      single steps of a fault beside C
       farfault bench vcpus      missed pages a second by number of vCPUs
+      farfault bench fleet      many VMs received at once: is it fair?
       farfault bench compare --quick
 
     Other work on the machine disturbs every figure: cases that are compared run in turn, figures are medians, and

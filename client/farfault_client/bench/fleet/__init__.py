@@ -1,0 +1,1 @@
+"""Many VMs received by one host at once: what each gets, and whether that is fair."""
