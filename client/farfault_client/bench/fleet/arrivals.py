@@ -5,13 +5,15 @@ A look is one fstat a VM: it wakes no receiver, so that one that is not schedule
 
 from __future__ import annotations
 
-import asyncio
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Final, Self
+
+from farfault_cli.runtime import be_urgent
 
 LOOK_EVERY_S: Final = 0.01
 ARRIVALS_MAX: Final = 100_000
@@ -19,7 +21,7 @@ ARRIVALS_MAX: Final = 100_000
 
 
 class Arrivals:
-    """Looks at RAM files. Use as an async context manager: it looks until it is left.
+    """Looks at RAM files in a thread of its own, from entering this context manager until leaving it.
 
     Args:
         rams: the destination VMs'.
@@ -27,28 +29,26 @@ class Arrivals:
 
     def __init__(self, rams: Sequence[Path]) -> None:
         self.moments: list[list[float]] = [[] for _ in rams]
-        """By VM: when there were more pages than at the look before; monotonic."""
+        """By VM: when there were more pages than before; monotonic, nearly in order."""
         self.looked_every_s = 0.0
         """The longest time between two looks."""
         self._files = [os.open(ram, os.O_RDONLY | os.O_CLOEXEC) for ram in rams]
         self._blocks = [os.fstat(file).st_blocks for file in self._files]
         self._looked_at: float | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._left = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run(), name="arrivals")
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._run, name="arrivals", daemon=True)
+        self._thread.start()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        self.close()
-
-    def close(self) -> None:
-        """Closes the files; called by leaving the context."""
+        self._left.set()
+        if self._thread is not None:
+            self._thread.join()
         for file in self._files:
             os.close(file)
 
@@ -69,7 +69,7 @@ class Arrivals:
                 self._blocks[vm] = blocks
                 self.note(vm)
 
-    async def _run(self) -> None:
-        while True:
+    def _run(self) -> None:
+        be_urgent()  # this thread alone; among hundreds of processes it would look seldom
+        while not self._left.wait(LOOK_EVERY_S):
             self.look()
-            await asyncio.sleep(LOOK_EVERY_S)

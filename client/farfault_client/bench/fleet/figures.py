@@ -113,9 +113,9 @@ def longest_pause_s(arrivals: Iterable[float], begin: float, end: float) -> floa
     """The longest time between `begin` and `end` in which nothing arrived.
 
     Args:
-        arrivals: moments at which something had come, in order; those outside count nothing.
+        arrivals: moments at which something had come, in any order; those outside count nothing.
     """
-    moments = [begin, *(moment for moment in arrivals if begin < moment < end), max(begin, end)]
+    moments = [begin, *sorted(moment for moment in arrivals if begin < moment < end), max(begin, end)]
     return max(after - before for before, after in pairwise(moments))
 
 

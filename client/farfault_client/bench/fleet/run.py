@@ -166,7 +166,7 @@ async def _move_all(scenes: Sequence[Scene], say: Say) -> tuple[float, list[Move
         few = asyncio.Semaphore(AT_ONCE)
         await asyncio.gather(*(_ready(scene, receiver, few) for scene, receiver in zip(scenes, receivers, strict=True)))
         say(f"all {len(scenes)} VMs move")
-        arrivals = await stack.enter_async_context(Arrivals([scene.destination.ram for scene in scenes]))
+        arrivals = stack.enter_context(Arrivals([scene.destination.ram for scene in scenes]))
         began_at = monotonic()
         moves = [
             asyncio.create_task(_move(scene, receiver, partial(arrivals.note, number)), name=f"move {number}")
