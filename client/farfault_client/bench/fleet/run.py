@@ -68,6 +68,18 @@ def play(config: SceneConfig, vms: int, say: Say) -> FleetFigures:
         FarfaultError: one could not be moved; with the last words of everybody around it.
     """
     folder = scene_folder("farfault-fleet-")
+    try:
+        figures = _play(config, vms, folder, say)
+    except FarfaultError as error:
+        raise type(error)(error.problem, error.remedy or f"logs are in {folder}") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return figures
+
+
+def _play(config: SceneConfig, vms: int, folder: Path, say: Say) -> FleetFigures:
     # The threads that start processes live as long as these: Linux ends a child with the thread that started it.
     with ThreadPoolExecutor(AT_ONCE) as pool, _scenes(config, vms, folder, pool) as scenes:
         _each(pool, _start, scenes, lambda done: say(f"started {done}/{vms}"))
@@ -83,7 +95,6 @@ def play(config: SceneConfig, vms: int, say: Say) -> FleetFigures:
         figures = [
             _figures(number, began_at, moved[number], arrivals.moments[number], errors[number]) for number in range(vms)
         ]
-    shutil.rmtree(folder, ignore_errors=True)
     return FleetFigures(figures, arrivals.looked_every_s)
 
 
@@ -179,7 +190,7 @@ async def _move_all(scenes: Sequence[Scene], say: Say) -> tuple[float, list[Move
     failed = [error for move in moves if isinstance(error := move.exception(), FarfaultError)]
     if failed:
         told = "\n".join(error.problem for error in failed[:FAILURES_TOLD_MAX])
-        raise type(failed[0])(f"{len(failed)} of {len(moves)} moves failed:\n{told}", failed[0].remedy)
+        raise FarfaultError(f"{len(failed)} of {len(moves)} moves failed:\n{told}")
     return began_at, [move.result() for move in moves], arrivals
 
 
