@@ -31,8 +31,9 @@ from farfault_client.session.connect import session_config
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
 
-BATCH_PAGES: Final = 64
-WINDOW_REQUESTS: Final = 16
+BATCH_PAGES: Final = 256
+"""As large as the receiver asks for on a fast way."""
+WINDOW_REQUESTS: Final = 4
 """Background requests that are not answered yet: 4 MiB."""
 STRIDE_PAGES: Final = 7919
 TIMEOUT_S: Final = 120.0
