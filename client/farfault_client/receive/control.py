@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import grpc
 import grpc.aio
@@ -21,6 +21,11 @@ MAP_CELLS_MAX = 4096
 
 Context = grpc.aio.ServicerContext[Any, Any]
 ENDED = (rpb.PHASE_DONE, rpb.PHASE_FAILED)
+
+STOP_GRACE_S: Final = 0.5
+LINGER_S: Final = 0.2
+"""A client reads its last status meanwhile and closes. Were we the first to close, one that just wants to write (gRPC
+acknowledges what it reads) would find the connection broken, and never see the end of a move that went well."""
 
 
 class ControlService(receiver_pb2_grpc.ReceiverServiceServicer):
@@ -112,7 +117,8 @@ async def serve_control(path: Path, service: ControlService) -> Callable[[], Awa
     path.chmod(0o600)
 
     async def end() -> None:
-        await server.stop(grace=0.5)
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # nobody else comes
+        await asyncio.sleep(LINGER_S)
+        await server.stop(grace=STOP_GRACE_S)
 
     return end
