@@ -121,7 +121,6 @@ class ProcessLane:
         self, host: BulkHost, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, *, streams: int
     ) -> None:
         self.carrier = "process" if streams else "express process"
-        self._host = host
         self._lease = lease
         self._user = user
         self._stats = stats

@@ -55,26 +55,27 @@ class SharedPages:
             self._descriptor = -1
 
 
-class _First:
-    """The receiver's turn."""
+class _Turn:
+    """The lock, as one of the two holds it."""
 
     def __init__(self, descriptor: int, states: mmap.mmap, wanted_at: int) -> None:
         self._descriptor, self._states, self._wanted_at = descriptor, states, wanted_at
+
+    def __exit__(self, *error: object) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+
+class _First(_Turn):
+    """The receiver's turn."""
 
     def __enter__(self) -> None:
         self._states[self._wanted_at] = 1
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         self._states[self._wanted_at] = 0
 
-    def __exit__(self, *error: object) -> None:
-        fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
-
-class _Second:
+class _Second(_Turn):
     """The bulk process's turn."""
-
-    def __init__(self, descriptor: int, states: mmap.mmap, wanted_at: int) -> None:
-        self._descriptor, self._states, self._wanted_at = descriptor, states, wanted_at
 
     def __enter__(self) -> None:
         for _ in range(YIELDS_MAX):
@@ -82,6 +83,3 @@ class _Second:
                 break
             time.sleep(YIELD_S)
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
-
-    def __exit__(self, *error: object) -> None:
-        fcntl.lockf(self._descriptor, fcntl.LOCK_UN)

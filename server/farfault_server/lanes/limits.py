@@ -18,7 +18,7 @@ from farfault_server.memory import PageRegion
 REQUEST_BYTES_MAX: Final = 64 << 10
 """One message from a client; a longer one ends its stream."""
 BATCH_BYTES: Final = 1 << 20
-"""About a quarter less CPU time for a move than 256 KiB; larger ones make a fault wait longer behind them."""
+"""The most that a client asks for at once on a fast way; larger ones make a fault wait longer behind them."""
 EXTENTS_PER_BATCH_MAX: Final = 1024  # of at most 32 bytes each
 DONE_PER_BATCH_MAX: Final = 1024  # of at most 10 bytes each
 """With `EXTENTS_PER_BATCH_MAX`: a batch is at most 64 KiB longer than its data, as the protocol says."""
