@@ -67,6 +67,8 @@ class FakeVmm:
         self._client: socket.socket | None = None
         self._transfer: asyncio.Task[None] | None = None
         self.release = asyncio.Event()
+        self.half_sent = asyncio.Event()
+        self.may_stop = asyncio.Event()
 
     def event(self, name: str, **data: object) -> None:
         """Sends an event."""
@@ -209,6 +211,7 @@ async def fake_vmm(path: Path, *, status: str = "running") -> AsyncIterator[Fake
 
 
 def stop(vmm: FakeVmm, arguments: Mapping[str, Any]) -> object:
+    vmm.may_stop.set()
     if vmm.status == "running":
         vmm.status = "paused"
         vmm.event("STOP")
@@ -234,6 +237,24 @@ def migrate_and_wait(vmm: FakeVmm, arguments: Mapping[str, Any]) -> object:
         await asyncio.get_running_loop().sock_sendall(state, vmm.device_state[:half])
         await vmm.release.wait()
         await asyncio.get_running_loop().sock_sendall(state, vmm.device_state[half:])
+
+    vmm.start(save, arguments)
+    return {}
+
+
+def migrate_as_qemu(vmm: FakeVmm, arguments: Mapping[str, Any]) -> object:
+    """Writes half of the device state, and the rest when `may_stop` is set, as by `stop`: the VM stops then."""
+
+    async def save(state: socket.socket) -> None:
+        half = len(vmm.device_state) // 2
+        await asyncio.get_running_loop().sock_sendall(state, vmm.device_state[:half])
+        vmm.half_sent.set()
+        await vmm.may_stop.wait()
+        if vmm.status == "running":
+            vmm.event("STOP")
+        vmm.status = "finish-migrate"
+        await asyncio.get_running_loop().sock_sendall(state, vmm.device_state[half:])
+        vmm.status = "postmigrate"
 
     vmm.start(save, arguments)
     return {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_qmp import Drop, FakeVmm, Hang, Refuse, cont, fake_vmm, migrate_and_wait
+from fake_qmp import GREETING, Drop, FakeVmm, Hang, Refuse, cont, fake_vmm, migrate_and_wait, migrate_as_qemu
 from farfault_cli.errors import FarfaultError, PreflightError, UnreachableError
 from farfault_vmm import connection, qmp
 from farfault_vmm.connection import CommandError
@@ -31,6 +32,14 @@ async def source(tmp_path: Path) -> AsyncIterator[FakeVmm]:
 async def destination(tmp_path: Path) -> AsyncIterator[FakeVmm]:
     async with fake_vmm(tmp_path / "destination", status="inmigrate") as fake:
         yield fake
+
+
+@pytest.fixture
+def qemu(source: FakeVmm) -> FakeVmm:
+    """A source that saves its VM while it runs."""
+    source.greeting = json.dumps(GREETING).replace("fake", "qemu").encode() + b"\r\n"
+    source.replies["migrate"] = migrate_as_qemu
+    return source
 
 
 @pytest.fixture
@@ -156,6 +165,59 @@ async def test_suspend_stops_late_and_asks_little_while_stopped(source: FakeVmm)
     assert source.commands[-2:] == ["stop", "migrate"]
 
 
+async def test_qemu_saves_while_the_vm_runs_and_nothing_is_passed_on_before_it_stands_still(qemu: FakeVmm) -> None:
+    async def stop_later() -> None:
+        await qemu.half_sent.wait()
+        for _ in range(10):  # for whoever would pass it on
+            await asyncio.sleep(0)
+        qemu.may_stop.set()
+
+    async with await QmpVmm.connect(qemu.path) as vmm:
+        stopping = asyncio.create_task(stop_later())
+        state = b""
+        async for chunk in vmm.suspend():
+            assert qemu.may_stop.is_set()
+            assert qemu.status != "running"
+            state += chunk
+        await stopping
+        assert state == qemu.device_state
+        assert qemu.status == "postmigrate"
+        assert vmm.stopped_unix_us
+    assert "stop" not in qemu.commands
+
+
+@pytest.mark.parametrize("limit", ["STOP_AFTER_S", "EARLY_BYTES_MAX"])
+async def test_a_vm_that_qemu_does_not_stop_is_stopped(
+    qemu: FakeVmm, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmp, limit, SHORT_S if limit == "STOP_AFTER_S" else 1)
+    async with await QmpVmm.connect(qemu.path) as vmm:
+        assert await saved(vmm) == qemu.device_state
+    assert qemu.commands[-2:] == ["migrate", "stop"]
+
+
+async def test_a_paused_vm_of_qemu_is_saved_as_it_is(qemu: FakeVmm) -> None:
+    qemu.status = "paused"
+    async with await QmpVmm.connect(qemu.path) as vmm:
+        assert await saved(vmm) == qemu.device_state
+        assert vmm.stopped_unix_us
+    assert qemu.commands[-1] == "migrate"
+
+
+async def test_a_save_that_fails_before_the_vm_has_stopped_tells_why(qemu: FakeVmm) -> None:
+    def fail(vmm: FakeVmm, arguments: Mapping[str, Any]) -> object:
+        vmm.descriptors.pop("farfault-state").close()
+        vmm.migration_event("failed")
+        return {}
+
+    qemu.replies["migrate"], qemu.error = fail, "a device is unwell"
+    async with await QmpVmm.connect(qemu.path) as vmm:
+        with pytest.raises(FarfaultError, match="could not save its device state: a device is unwell"):
+            await saved(vmm)
+    assert qemu.status == "running"
+    assert "cont" not in qemu.commands
+
+
 async def test_leaving_early_resumes(source: FakeVmm) -> None:
     source.replies["migrate"] = migrate_and_wait
     async with await QmpVmm.connect(source.path) as vmm:
@@ -190,16 +252,6 @@ async def test_paused_vm_stays_paused(source: FakeVmm) -> None:
             await anext(chunks)
         assert vmm.stopped_unix_us
     assert source.status == "paused"
-
-
-async def test_no_resume_where_told_so(source: FakeVmm) -> None:
-    source.replies["migrate"] = migrate_and_wait
-    async with await QmpVmm.connect(source.path) as vmm:
-        async with aclosing(vmm.suspend(resume_on_failure=False)) as chunks:
-            await anext(chunks)
-        assert source.status == "paused"
-        await vmm.resume()
-        assert source.status == "running"
 
 
 async def test_blocked_migration_resumes(source: FakeVmm) -> None:
@@ -269,12 +321,12 @@ async def test_cancel_waits_for_the_end(source: FakeVmm) -> None:
         return {}
 
     source.replies["migrate"], source.replies["migrate_cancel"] = migrate_and_wait, cancel_slowly
-    async with await QmpVmm.connect(source.path) as vmm, aclosing(vmm.suspend(resume_on_failure=False)) as chunks:
+    async with await QmpVmm.connect(source.path) as vmm, aclosing(vmm.suspend()) as chunks:
         await anext(chunks)
         await vmm.cancel()
         assert source.migration == "cancelled"
         await vmm.cancel()
-    assert source.status == "paused"
+        assert source.status == "paused"
 
 
 async def test_resume_of_a_vm_that_runs_does_nothing(source: FakeVmm) -> None:

@@ -6,8 +6,9 @@ Framing: JSON objects. A server ends each of its own with CRLF. A client need no
 ``qemu.qmp`` sends them back to back, so a server parses object by object and skips white space in between. The reply
 to a command is ``{"return": ...}`` or ``{"error": {"class": "GenericError", "desc": "..."}}``, with the ``id`` of the
 command where it had one (``qmp_capabilities`` has none). Commands run in the order in which they came: the client
-sends ``stop`` and ``migrate`` without a wait in between. One client at a time; when it leaves, the VM stays as it is
-and the next one may connect.
+sends ``stop`` and ``migrate`` without a wait in between. To QEMU it sends ``migrate`` alone: QEMU stops the VM itself
+when it has written all but the device state. One client at a time; when it leaves, the VM stays as it is and the next
+one may connect.
 
 On connect the server speaks first::
 

@@ -118,6 +118,11 @@ class QmpConnection:
         assert greeting is not None, "connect() negotiates"
         return cast(Mapping[str, Any], greeting.QMP.version)
 
+    @property
+    def is_qemu(self) -> bool:
+        """Whether the VMM says that it is QEMU."""
+        return "qemu" in self.version
+
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Runs one command and returns its value.
 

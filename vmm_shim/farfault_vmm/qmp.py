@@ -16,11 +16,19 @@ The destination side::
     await vmm.load(chunks)      # `chunks` is first asked when the VMM already listens
     resumed_unix_us = await vmm.cont()
 
-Why the VM is stopped first and saved then, and not saved while it runs with a stop by the VMM at the end: this way it
-is known to stand still before the first byte, a VM that must not run again until told otherwise does not, and its
-run state travels as paused. ``tests/vmm/measure_downtime.py`` measures what that costs; on QEMU 7.2 under KVM, both on
-one 2-core host that other work kept busy, medians of 30 moves: 6.6 ms stopped first, 3.3 ms saved while it runs,
-5.0 ms with pause-before-switchover. On the host at rest 20 moves, stopped first, had a median of 3.4 ms.
+QEMU is told to save a VM that still runs, and stops it itself when all but the device state is written: what it does
+first (dirty logging of all RAM, waits for RCU) then costs the guest no time. ``tests/vmm/measure_downtime.py`` measures
+that; on QEMU 7.2 under KVM, both on one 2-core host that other work kept busy, medians of 30 moves: 6.6 ms stopped
+first, 3.3 ms saved while it runs, 5.0 ms with pause-before-switchover. What follows from it:
+
+- Nothing of the device state is passed on before the event STOP, so whoever gets the first byte knows that the VM
+  stands still. A VM that QEMU has not stopped in `STOP_AFTER_S` is stopped by us.
+- Until QEMU has told that it is done it lets the VM run again by itself when the migration fails or is cancelled, or
+  when nobody reads any more because we were killed. So the state counts as saved only after that (``postmigrate``);
+  from there nothing but ``cont`` runs the VM.
+- The run state travels as running. The destination does not start on its own all the same: see `prepare_destination`.
+
+Other VMMs are stopped first and saved then.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ import logging
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from types import TracebackType
@@ -45,6 +54,10 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 EVENT_TIMEOUT_S = 10.0
 """For STOP, RESUME, and the end of a migration that was cancelled."""
+STOP_AFTER_S = 1.0
+"""A VM that is saved while it runs, and that its VMM has not stopped by then, is stopped by us."""
+EARLY_BYTES_MAX = 64 << 20
+"""So is one of which so much was saved while it ran."""
 SAVE_TIMEOUT_S = 60.0
 """For the next bytes of the device state from the source VMM."""
 LOAD_TIMEOUT_S = 120.0
@@ -190,7 +203,7 @@ class QmpVmm:
         """
         await self._set_capabilities()
 
-    async def suspend(self, *, resume_on_failure: bool = True) -> AsyncGenerator[bytes, None]:
+    async def suspend(self) -> AsyncGenerator[bytes, None]:
         """Stops the VM and yields its device state; `stopped_unix_us` is set before the first chunk.
 
         The VM's memory does not change from the first chunk on. After the last one the VM is in the state
@@ -198,9 +211,6 @@ class QmpVmm:
         cancellation, ``aclose()``) cancels the migration, and a VM that ran before runs again.
 
         QEMU saves a VM once: after a failure or `cancel`, one that was paused has to run before it can be saved again.
-
-        Args:
-            resume_on_failure: False leaves the VM stopped on failure.
 
         Yields:
             Chunks of at most `CHUNK_BYTES_MAX` bytes, at least one.
@@ -216,14 +226,17 @@ class QmpVmm:
             await self._connection.pass_descriptor(theirs.fileno(), STATE_FD_NAME)
             theirs.close()
             self.stopped_unix_us = _now_us()
-            commands = asyncio.create_task(self._stop_and_migrate(), name="stop and migrate")
+            saves_running = was_running and self._connection.is_qemu
+            commands = asyncio.create_task(self._migrate(stop_first=not saves_running), name="save the device state")
             # A command that is refused makes no end of the device state: so end it here.
             commands.add_done_callback(lambda done: _shut(ours) if _has_failed(done) else None)
             try:
+                early = _Early(ours)
                 if was_running:
-                    await self._wait_stopped(events, commands)
+                    with early:
+                        await self._wait_stopped(events, commands, early.is_full if saves_running else None)
                 size_bytes = 0
-                while chunk := await _receive(ours):
+                async for chunk in early.then_the_rest():
                     size_bytes += len(chunk)
                     _check_size(size_bytes)
                     yield chunk
@@ -232,8 +245,7 @@ class QmpVmm:
             except BaseException:
                 # Also GeneratorExit and CancelledError: the VM must not stay stopped because a client left.
                 ours.close()
-                run = was_running and resume_on_failure
-                await asyncio.shield(asyncio.create_task(self._roll_back(commands, run), name="roll back"))
+                await asyncio.shield(asyncio.create_task(self._roll_back(commands, was_running), name="roll back"))
                 raise
 
     async def cancel(self) -> None:
@@ -319,19 +331,28 @@ class QmpVmm:
                 "use QEMU 4.0 or later, and no other migration may be under way",
             ) from error
 
-    async def _stop_and_migrate(self) -> None:
-        """Both commands go out together: one round trip less while the VM stands still."""
-        stop = asyncio.ensure_future(self._connection.execute("stop"))
-        migrate = asyncio.ensure_future(self._connection.execute("migrate", {"uri": STATE_URI}))
+    async def _migrate(self, *, stop_first: bool) -> None:
+        """With a stop both commands go out together: one round trip less while the VM stands still."""
+        names: list[tuple[str, dict[str, object] | None]] = [("migrate", {"uri": STATE_URI})]
+        if stop_first:
+            names.insert(0, ("stop", None))
+        commands = [asyncio.ensure_future(self._connection.execute(*name)) for name in names]
         try:
-            await stop
-            await migrate
+            for command in commands:
+                await command
         finally:
-            await asyncio.gather(stop, migrate, return_exceptions=True)
+            await asyncio.gather(*commands, return_exceptions=True)
 
-    async def _wait_stopped(self, events: EventListener, commands: asyncio.Task[None]) -> None:
-        """Until STOP. It comes before any byte of device state, and well before the replies."""
-        event = asyncio.create_task(self._next_event_named("STOP", events, "the stop of the vCPUs"))
+    async def _wait_stopped(
+        self, events: EventListener, commands: asyncio.Task[None], is_full: asyncio.Event | None
+    ) -> None:
+        """Until STOP. It comes before any byte of device state, and well before the replies to the commands.
+
+        Args:
+            is_full: of a VM that is saved while it runs: enough has been.
+        """
+        event = asyncio.create_task(self._next_stop(events))
+        stopping = asyncio.create_task(self._stop_late(is_full)) if is_full is not None else None
         try:
             await asyncio.wait({event, commands}, return_when=asyncio.FIRST_COMPLETED)
             if _has_failed(commands):
@@ -339,22 +360,37 @@ class QmpVmm:
             self.stopped_unix_us = (await event).unix_us
         finally:
             event.cancel()
+            if stopping is not None:
+                stopping.cancel()
+                await asyncio.gather(stopping, return_exceptions=True)
 
-    async def _next_event_named(self, name: str, events: EventListener, what: str) -> Event:
+    async def _stop_late(self, is_full: asyncio.Event) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_AFTER_S):
+                await is_full.wait()
+        logger.warning("the VMM saves and does not stop the VM: it is stopped")
+        await self.stop()
+
+    async def _next_stop(self, events: EventListener) -> Event:
         while True:
-            event = await self._connection.next_event(events, EVENT_TIMEOUT_S, what)
-            if event.name == name:
+            event = await self._connection.next_event(events, EVENT_TIMEOUT_S, "the stop of the vCPUs")
+            if event.name == "STOP":
                 return event
+            if event.status in ("failed", "cancelled"):
+                raise await self._not_saved(event.status)
 
     async def _wait_saved(self, events: EventListener) -> None:
         event = Event("", "", 0)
         while event.status not in SETTLED - {""}:
             event = await self._connection.next_event(events, EVENT_TIMEOUT_S, "the end of saving the device state")
         if event.status != "completed":
-            raise FarfaultError(
-                f"the source VMM could not save its device state: {await self._reason(event.status)}",
-                "the source VM runs as before; its VMM's log may say more",
-            )
+            raise await self._not_saved(event.status)
+
+    async def _not_saved(self, status: str) -> FarfaultError:
+        return FarfaultError(
+            f"the source VMM could not save its device state: {await self._reason(status)}",
+            "the source VM runs as before; its VMM's log may say more",
+        )
 
     async def _wait_loaded(self, events: EventListener) -> None:
         try:
@@ -426,6 +462,54 @@ def _not_loaded(reason: str) -> FarfaultError:
         f"the destination VMM did not load the device state: {reason}",
         "start it anew with -incoming defer and the very options of the source; both need x-ignore-shared and share=on",
     )
+
+
+class _Early:
+    """What a VMM writes until its VM stands still; a context manager that collects it meanwhile.
+
+    Args:
+        state: the socket that it writes to, not blocking.
+
+    Attributes:
+        is_full: `EARLY_BYTES_MAX` have come.
+    """
+
+    def __init__(self, state: socket.socket) -> None:
+        self.is_full = asyncio.Event()
+        self._state = state
+        self._loop = asyncio.get_running_loop()
+        self._chunks: deque[bytes] = deque()
+        self._size_bytes = 0
+
+    def __enter__(self) -> None:
+        self._loop.add_reader(self._state, self._take)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.remove_reader(self._state)
+
+    def _take(self) -> None:
+        try:
+            chunk = self._state.recv(CHUNK_BYTES_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            chunk = b""
+        if not chunk:  # the end, or an error: whoever reads next gets it again
+            self._loop.remove_reader(self._state)
+            return
+        self._chunks.append(chunk)
+        self._size_bytes += len(chunk)
+        if self._size_bytes >= EARLY_BYTES_MAX:
+            self.is_full.set()
+
+    async def then_the_rest(self) -> AsyncIterator[bytes]:
+        """All that was and will be written."""
+        while self._chunks:
+            yield self._chunks.popleft()
+        while chunk := await _receive(self._state):
+            yield chunk
 
 
 async def _receive(state: socket.socket) -> bytes:
