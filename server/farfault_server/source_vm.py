@@ -161,7 +161,11 @@ class VmOwner:
         return await self.vmm.describe()
 
     async def suspend(self, lease: Lease, silence_s_max: float = 0) -> AsyncIterator[pb.DeviceStateChunk]:
-        """Stops the VM and yields its device state. Left before the end, the VM runs again.
+        """Stops the VM and yields its device state. Left before the last chunk, the VM runs again.
+
+        The last chunk is yielded while the record of it is being saved: the destination may load it meanwhile, and its
+        HandOver waits for our lock. A server that is killed before the record is durable finds SUSPENDING when it
+        starts again, takes the VM back, and refuses that HandOver.
 
         Args:
             lease: a migration lease.
@@ -174,13 +178,19 @@ class VmOwner:
         async with self._lock:
             self._hold.renew(self._clock(), silence_s_max)
             await self._step(Step.SUSPEND)
-            is_sent = False
+            recording: asyncio.Future[None] | None = None
             try:
                 async for chunk in self._device_state(vmm):
+                    if chunk.last:
+                        recording = asyncio.ensure_future(self._state_sent())
                     yield chunk
-                is_sent = True
+                if recording is not None:
+                    await asyncio.shield(recording)
+                    logger.info("the VM is stopped, its device state is sent")
             finally:
-                if not is_sent:
+                if recording is not None:  # the destination may hold it all by now, however it has left
+                    await asyncio.wait({recording})
+                if self._keeper.book.phase is not Phase.FROZEN:
                     logger.warning("the device state was not sent whole: the VM runs again")
                     await asyncio.shield(asyncio.ensure_future(self._resume()))
 
@@ -200,12 +210,13 @@ class VmOwner:
                         "RAM seems to travel in it: back it with share=on",
                     )
                 yield _chunk(vmm, generation, data)
-        identity = [region.identity() for region in self._keeper.memory.regions]
-        await self._keeper.change(lambda book: (book.step(Step.STATE_SENT, identity), None))
-        logger.info("the VM is stopped; %d bytes of device state", size_bytes)
         last = _chunk(vmm, generation, b"")
         last.last, last.checksum = True, hashed.intdigest()
         yield last
+
+    async def _state_sent(self) -> None:
+        identity = [region.identity() for region in self._keeper.memory.regions]
+        await self._keeper.change(lambda book: (book.step(Step.STATE_SENT, identity), None))
 
     def hold(self, lease: Lease, silence_s_max: float) -> None:
         """The destination is there, and may be silent for so long from now on; 0: for ever.

@@ -99,6 +99,8 @@ class RecordingStore(MemoryStore):
     def __init__(self) -> None:
         self.books: list[LeaseBook] = []
         self.fails = False
+        self.fails_at: Phase | None = None
+        self.waits_at: Phase | None = None
         self.may_save = threading.Event()
         self.may_save.set()
 
@@ -110,8 +112,11 @@ class RecordingStore(MemoryStore):
         return self.books[-1] if self.books else None
 
     def save(self, book: LeaseBook) -> None:
-        if self.fails:
+        if self.fails or book.phase is self.fails_at:
             raise OSError(28, "No space left on device")
+        if book.phase is self.waits_at:
+            self.waits_at = None
+            self.may_save.clear()
         assert self.may_save.wait(TIMEOUT_S)
         self.books.append(book)
 
@@ -134,15 +139,23 @@ def vmm(store):
 
 
 async def suspend(client: Client, resume_after_ms: int = 0) -> pb.DeviceStateChunk:
-    """The last chunk, after the whole state was checked."""
-    data = b""
+    """The last chunk, after the whole state was checked and recorded."""
+    data, last = b"", pb.DeviceStateChunk()
     request = pb.SuspendRequest(resume_after_ms=resume_after_ms)
     async for chunk in client.source.Suspend(request, metadata=client.metadata, timeout=TIMEOUT_S):
-        data += chunk.data
+        assert not last.last
+        data, last = data + chunk.data, chunk
+    assert last.last
+    assert data == b"".join(STATE)
+    assert last.checksum == xxhash.xxh3_64_intdigest(data)
+    assert last.stopped_unix_us == 1234
+    return last
+
+
+async def suspend_until_last(client: Client) -> pb.DeviceStateChunk:
+    """The last chunk, while it may be being recorded; then the client leaves, as older ones do."""
+    async for chunk in client.source.Suspend(pb.SuspendRequest(), metadata=client.metadata, timeout=TIMEOUT_S):
         if chunk.last:
-            assert data == b"".join(STATE)
-            assert chunk.checksum == xxhash.xxh3_64_intdigest(data)
-            assert chunk.stopped_unix_us == 1234
             return chunk
     raise AssertionError("no last chunk")
 
@@ -246,6 +259,47 @@ async def test_a_client_that_leaves_during_suspend_lets_the_vm_run(ram):
         call.cancel()
         await eventually(lambda: vmm.is_running and server.keeper.book.phase is Phase.RUNNING)
         assert await client.fetch((0, 0, 1)) == ["NOT_FROZEN"]
+
+
+async def test_a_hand_over_waits_for_the_record_of_the_device_state(ram, vmm, store):
+    """The destination may have loaded it while the server still saves."""
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        store.waits_at = Phase.FROZEN
+        last = await suspend_until_last(client)
+        handing_over = asyncio.ensure_future(hand_over(client, last.generation))
+        await eventually(lambda: not store.may_save.is_set())
+        await asyncio.sleep(0.05)
+        assert not handing_over.done()
+        assert store.phases[-1] is Phase.SUSPENDING
+        store.may_save.set()
+        await handing_over
+    assert store.phases[-2:] == [Phase.FROZEN, Phase.HANDED_OVER]
+    assert vmm.starts == 0
+
+
+async def test_device_state_whose_record_cannot_be_saved_is_rolled_back(ram, vmm, store):
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        store.fails_at = Phase.FROZEN
+        last = await suspend_until_last(client)
+        assert (await refused(hand_over(client, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        assert server.keeper.book.phase is Phase.RUNNING
+    assert vmm.starts == 1
+
+
+async def test_a_server_that_is_killed_before_it_recorded_the_device_state(ram, vmm, store):
+    """The destination holds it all, and is refused."""
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client)
+    while store.phases[-1] is not Phase.SUSPENDING:
+        store.books.pop()
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as again:
+        again.opened = client.opened
+        assert server.keeper.book.phase is Phase.RUNNING
+        assert (await refused(hand_over(again, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert vmm.starts == 1
 
 
 async def test_a_suspend_that_fails_lets_the_vm_run(ram):

@@ -49,6 +49,7 @@ class SourceVm:
         self.stopped_at = 0.0
         self.state_bytes = 0
         self._is_stopped = False
+        self._ending: object = None
 
     async def describe(self) -> VmDescription:
         response = await self._call(self._stub().DescribeVm, pb.DescribeVmRequest())
@@ -83,6 +84,7 @@ class SourceVm:
                 if ready:
                     yield ready
                 if chunk.last:
+                    self._ending = call  # the server is still saving its record: a call that is dropped is cancelled
                     if held:
                         yield held
                     return
