@@ -176,8 +176,9 @@ class QmpVmm:
             When they started, Unix time in microseconds by the VMM's clock.
         """
         with self._connection.events("RESUME") as events:
-            status, _ = await asyncio.gather(self.status(), self._continue())
-            if status == RUNNING:  # it ran already, and may tell no start
+            await self._continue()
+            # QEMU tells the start before it answers. A VM that ran already starts no more, which is the rare case.
+            if events.empty() and await self.status() == RUNNING and events.empty():
                 return _now_us()
             return (await self._connection.next_event(events, EVENT_TIMEOUT_S, "the start of the vCPUs")).unix_us
 

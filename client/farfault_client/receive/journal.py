@@ -18,12 +18,13 @@ from farfault_client.session.lease import LeaseKey
 
 
 class Step(StrEnum):
-    """How far a move has come; each is written before the act that it names."""
+    """How far a move has come; each is written before the act that it names, RUNNING after it."""
 
     OPENED = "opened"
     SUSPENDING = "suspending"
     HANDING_OVER = "handing over"
-    """The point of no return lies in this step; the page server's record decides on which side of it."""
+    """The point of no return lies in this step, and the start of the VM; the page server's record decides on which side
+    of it."""
     RUNNING = "running"
     WRONG = "found wrong"
     """`--verify` found a difference: the move is never completed."""

@@ -6,8 +6,9 @@
                    │               │
                    └──▶ ROLLED_BACK ◀ (only if the page server says that it has not handed over)
 
-A step is on disk before the act that it names (`journal`). The point of no return is the page server's durable
-record of HandOver: before it the source VM may be resumed, after it never.
+A step is on disk before the act that it names (`journal`), but for RUNNING: the VM runs from the answer to HandOver on,
+and the record of it follows. The point of no return is the page server's durable record of HandOver: before it the
+source VM may be resumed, after it never. So a receiver that died in HANDING_OVER asks that record, by HandOver again.
 """
 
 from __future__ import annotations
@@ -94,12 +95,13 @@ class Move:
         except FarfaultError as error:
             await self.roll_back(error)
         self._mark("hand-over")
-        self._journal.step(Step.RUNNING)
         await self._destination.cont()
         self._mark("start")
         if self._source.stopped_at:
             self.downtime_s = time.monotonic() - self._source.stopped_at
             logger.info("the VM runs here; downtime %.1f ms: %s", self.downtime_s * 1e3, self._parts())
+        # In a thread: the guest runs, and misses pages.
+        await asyncio.to_thread(self._journal.step, Step.RUNNING)
 
     async def roll_back(self, cause: BaseException) -> None:
         """Brings the source back; always raises.

@@ -137,7 +137,7 @@ class Recovery:
         await self._attached.wait()
 
     async def _settle_hand_over(self) -> None:
-        """The receiver died between its record of HANDING_OVER and that of RUNNING: this VM has not run here.
+        """The receiver died between its record of HANDING_OVER and that of RUNNING: the VM may run here already.
 
         Only the page server knows on which side of the point of no return that was.
 

@@ -226,9 +226,10 @@ async def test_before_the_hand_over_the_source_runs_again(tmp_path: Path, step: 
     assert host.step is Step.ROLLED_BACK
 
 
-@pytest.mark.parametrize("was_handed_over", [False, True])
-async def test_a_destination_that_holds_the_vm_gets_it(tmp_path: Path, was_handed_over: bool) -> None:
-    host = Host(tmp_path, Step.HANDING_OVER, FakeVmm("paused"))
+@pytest.mark.parametrize(("was_handed_over", "status"), [(False, "paused"), (True, "paused"), (True, "running")])
+async def test_a_destination_that_holds_the_vm_gets_it(tmp_path: Path, was_handed_over: bool, status: str) -> None:
+    """Its receiver died before it asked, before it was answered, or before it wrote down that the VM runs."""
+    host = Host(tmp_path, Step.HANDING_OVER, FakeVmm(status))
     host.source.is_handed_over = was_handed_over
     settling = asyncio.ensure_future(host.recovery.settle(Step.HANDING_OVER))
     await asyncio.sleep(0)
