@@ -8,6 +8,7 @@ from farfault_client.demo.processes import farfault_argv
 from farfault_client.demo.scene import SceneConfig
 from farfault_client.demo.vms import VmmKind
 from farfault_client.receive.working_set import read_hints
+from farfault_shim.guest import GuestKind
 
 pytestmark = pytest.mark.e2e
 
@@ -16,7 +17,9 @@ SLOW = ("--bandwidth", "20MiB")
 
 
 def test_a_recorded_working_set_is_fetched_first(make_scene: MakeScene) -> None:
-    config = SceneConfig(VmmKind.QEMU, ram_bytes=64 * MIB, vcpus=1, random=False, pages_max=2000, receive_flags=SLOW)
+    config = SceneConfig(
+        VmmKind.QEMU, ram_bytes=64 * MIB, vcpus=1, guest=GuestKind.SEQUENTIAL, pages_max=2000, receive_flags=SLOW
+    )
     scene = make_scene(config)
     scene.start_all()
     hints = scene.folder / "hints"

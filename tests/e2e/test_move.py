@@ -8,6 +8,7 @@ from farfault.v1 import receiver_pb2 as rpb
 from farfault_client.demo.scene import Scene, SceneConfig, qmp_status
 from farfault_client.demo.vms import VmmKind
 from farfault_client.receive.summary import summary_of
+from farfault_shim.guest import GuestKind
 
 pytestmark = pytest.mark.e2e
 
@@ -17,7 +18,7 @@ GIB = 1 << 30
 CONFIGS = {
     "qemu-nowait-1": SceneConfig(VmmKind.QEMU, ram_bytes=128 * MIB, vcpus=1),
     "qemu-nowait-4": SceneConfig(VmmKind.QEMU, ram_bytes=128 * MIB, vcpus=4),
-    "qemu-nowait-sequential": SceneConfig(VmmKind.QEMU, ram_bytes=128 * MIB, vcpus=1, random=False),
+    "qemu-nowait-sequential": SceneConfig(VmmKind.QEMU, ram_bytes=128 * MIB, vcpus=1, guest=GuestKind.SEQUENTIAL),
     "qemu-blocking-1": SceneConfig(VmmKind.QEMU, ram_bytes=128 * MIB, vcpus=1, fault_source="blocking"),
     "qemu-blocking-4": SceneConfig(VmmKind.QEMU, ram_bytes=128 * MIB, vcpus=4, fault_source="blocking"),
     "qemu-nowait-2-2GiB": SceneConfig(VmmKind.QEMU, ram_bytes=2 * GIB, vcpus=2, pages_max=40_000),

@@ -16,7 +16,7 @@ from typing import Any
 
 from farfault.v1 import receiver_pb2 as rpb
 from farfault_cli.errors import FarfaultError
-from farfault_shim.guest import Mailbox, RamCheck, total_touched, verify_ram
+from farfault_shim.guest import GuestKind, Mailbox, RamCheck, total_touched, verify_ram
 from farfault_vmm.qmp import QmpVmm
 
 from farfault_client.demo.processes import Processes, farfault_argv
@@ -53,7 +53,8 @@ class SceneConfig:
 
     Attributes:
         kind: of both VMMs.
-        ram_bytes, vcpus, random, pages_max: of the guest.
+        ram_bytes, vcpus, pages_max: of the guest.
+        guest: what it does with its memory.
         fault_source: ``stock-nowait`` or ``blocking``; the simulated KVM has its own.
         serve_flags, receive_flags: added to those commands.
         source_target: where the receiver finds the page server; None: where it listens.
@@ -64,7 +65,7 @@ class SceneConfig:
     kind: VmmKind
     ram_bytes: int = 512 << 20
     vcpus: int = 2
-    random: bool = True
+    guest: GuestKind = GuestKind.RANDOM
     pages_max: int | None = None
     fault_source: str = "stock-nowait"
     serve_flags: Sequence[str] = ()
@@ -104,7 +105,7 @@ class Scene:
                 self.ram_folder / f"{tag}-{name}.ram",
                 self.config.ram_bytes,
                 self.config.vcpus,
-                self.config.random,
+                self.config.guest,
                 pages_max=self.config.pages_max,
             )
             for name in ("source", "destination")
@@ -124,7 +125,7 @@ class Scene:
             vm.ram.unlink(missing_ok=True)
 
     def start_source(self, passes: int = 1) -> None:
-        """Starts the source VM and waits until its guest has verified all of its pages."""
+        """Starts the source VM and waits until its guest has filled its pages, and gone round so often."""
         self.processes.start("source", [*self.config.source_prefix, *self.source.argv()])
         ready = lambda: self.source.has_passes(passes)  # noqa: E731 - named for the message below
         self.processes.wait_until(ready, "the guest's first round", START_TIMEOUT_S, "source")
@@ -188,8 +189,9 @@ class Scene:
         return total_touched(vm.mailboxes())
 
     def wait_for_progress(self, beyond: int, passes: int = 1) -> None:
-        """Waits until the guest has gone through all of its pages on the destination."""
-        goal = beyond + passes * self.destination.parameters.data_pages
+        """Waits until the guest has visited as many pages on the destination as it uses."""
+        parameters = self.destination.parameters
+        goal = beyond + passes * parameters.visits_per_pass * parameters.vcpus
         moved_on = lambda: self.counter(self.destination) >= goal  # noqa: E731
         self.processes.wait_until(moved_on, "the guest goes on", START_TIMEOUT_S, "destination")
 

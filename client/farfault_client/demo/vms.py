@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from farfault_shim.guest import GuestParameters, Mailbox, load_image, read_mailboxes
+from farfault_cli.errors import UsageError
+from farfault_shim.guest import GuestKind, GuestParameters, Mailbox, load_image, read_mailboxes
 
 from farfault_client.demo.processes import farfault_argv
 
@@ -49,7 +50,7 @@ class GuestVm:
         ram: the RAM file.
         ram_bytes: its size.
         vcpus: of the VM.
-        random: the guest visits its pages in random order.
+        guest: what it does with its memory; the reference VMM knows no skewed one.
         seed: of the simulated KVM.
         hugepages: the RAM file lies on hugetlbfs.
     """
@@ -60,7 +61,7 @@ class GuestVm:
     ram: Path
     ram_bytes: int
     vcpus: int = 1
-    random: bool = False
+    guest: GuestKind = GuestKind.SEQUENTIAL
     seed: int = 1
     pages_max: int | None = None
 
@@ -72,7 +73,7 @@ class GuestVm:
     @property
     def parameters(self) -> GuestParameters:
         """What the guest works on."""
-        return GuestParameters.for_ram(self.ram_bytes, self.vcpus, "pc", random=self.random, pages_max=self.pages_max)
+        return GuestParameters.for_ram(self.ram_bytes, self.vcpus, "pc", kind=self.guest, pages_max=self.pages_max)
 
     def argv(self, *, incoming: bool = False, attach: Path | None = None, fault_source: str = "") -> list[str]:
         """Its command line.
@@ -83,6 +84,8 @@ class GuestVm:
             fault_source: of a destination.
         """
         if self.kind is not VmmKind.QEMU:
+            if self.guest.is_skewed:
+                raise UsageError(f"{self.kind.title} runs no {self.guest.value} guest", "use QEMU")
             return self._reference_argv(incoming=incoming, attach=attach, fault_source=fault_source)
         command = self._qemu_argv(incoming=incoming)
         if attach is None:
@@ -115,7 +118,7 @@ class GuestVm:
     def _reference_argv(self, *, incoming: bool, attach: Path | None, fault_source: str) -> list[str]:
         command = ["reference-vmm", "--ram", str(self.ram), "--size", f"{self.ram_bytes >> 20}MiB"]
         command += ["--vcpus", str(self.vcpus), "--qmp", str(self.qmp)]
-        command += ["--random"] if self.random else []
+        command += ["--random"] if self.guest is GuestKind.RANDOM else []
         command += ["--pages", str(self.pages_max)] if self.pages_max is not None else []
         command += ["--simulated", "--seed", str(self.seed)] if self.kind is VmmKind.SIMULATED else []
         command += ["--incoming", "defer"] if incoming else []

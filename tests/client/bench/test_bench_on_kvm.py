@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 from farfault_client.bench.compare.run import play
-from farfault_client.bench.compare.scenario import GuestKind, Mode, Scenario
+from farfault_client.bench.compare.scenario import Mode, Scenario
 from farfault_client.bench.vcpus.measure import FaultSource, Way, measure
 from farfault_client.demo.vms import QEMU
+from farfault_shim.guest import GuestKind
 
 pytestmark = [
     pytest.mark.e2e,
@@ -25,6 +26,7 @@ pytestmark = [
         (Mode.QEMU_PREEMPT, Scenario(ram_bytes=64 << 20, rtt_ms=1, vcpus=2)),
         (Mode.NOWAIT, Scenario(ram_bytes=64 << 20, vcpus=2)),
         (Mode.BLOCKING, Scenario(GuestKind.SEQUENTIAL, ram_bytes=64 << 20, rtt_ms=1)),
+        (Mode.NOWAIT, Scenario(GuestKind.ZIPF, ram_bytes=64 << 20, vcpus=2)),
     ],
     ids=lambda value: value.value if isinstance(value, Mode) else "",
 )
@@ -40,6 +42,15 @@ def test_a_move_has_all_figures(mode: Mode, scenario: Scenario) -> None:
     assert run.touched_first_second > 0
     assert (run.serve_own_bytes is None) == mode.is_native
     assert {"mode", "guest", "rtt_ms"} <= set(run.to_json())
+
+
+@pytest.mark.parametrize("mode", [Mode.QEMU, Mode.NOWAIT], ids=lambda mode: mode.value)
+def test_an_idle_guest_goes_on_whatever_it_missed(mode: Mode) -> None:
+    run = play(Scenario(GuestKind.IDLE, ram_bytes=64 << 20, vcpus=2), mode)
+    assert run.verification_errors == 0
+    assert run.touched_first_second > 0
+    assert (run.mean_fault_us is None) == (run.faults == 0)
+    assert 0 <= run.blocked_share <= 1
 
 
 @pytest.mark.parametrize(("source", "way"), [(FaultSource.BLOCKING, Way.LOCAL), (FaultSource.NOWAIT, Way.GRPC)])

@@ -14,10 +14,11 @@ from farfault_client.bench.compare.html_report import html_report
 from farfault_client.bench.compare.markdown_report import markdown_report
 from farfault_client.bench.compare.results import METRICS, Results, headings, rows
 from farfault_client.bench.compare.run import Run
-from farfault_client.bench.compare.scenario import Axes, GuestKind, Mode, Scenario, order_of_modes
+from farfault_client.bench.compare.scenario import Axes, Mode, Scenario, order_of_modes
 from farfault_client.bench.document import replace_section
 from farfault_client.bench.machine import command_line
 from farfault_client.bench.spread import spread_of
+from farfault_shim.guest import GuestKind
 
 RUN = Run(
     Mode.QEMU,
@@ -98,6 +99,26 @@ def test_json_object(results: Results) -> None:
 def test_without_qemu_there_is_no_ratio() -> None:
     alone = Results([replace(RUN, mode=Mode.BLOCKING)])
     assert set(alone.to_json()["ratios"].values()) == {None}
+
+
+def test_a_guest_that_misses_nothing_has_no_latencies_and_no_ratios_of_them() -> None:
+    idle = replace(
+        RUN,
+        scenario=Scenario(GuestKind.IDLE),
+        faults=0,
+        mean_fault_us=None,
+        p50_fault_us=None,
+        p99_fault_us=None,
+        blocked_share=0.0,
+    )
+    results = Results([idle, replace(idle, mode=Mode.NOWAIT)])
+    ratios = results.to_json()["ratios"]
+    assert (ratios["mean_fault"], ratios["p99_fault"], ratios["blocked_share"]) == (None, None, None)
+    assert ratios["postcopy_s"] == 1
+    assert ["demand faults", "0", "0", ""] in rows(results, idle.scenario)
+    assert ["vCPUs blocked (%)", "0", "0", "-"] in rows(results, idle.scenario)
+    for report in (markdown_report, html_report):
+        assert "idle" in report(results, {}, "farfault bench compare")
 
 
 def test_rows_fit_their_headings(results: Results) -> None:

@@ -54,6 +54,7 @@ def test_constants_agree() -> None:
     assert EQU["SECOND_WORD"] == parameters.SECOND_WORD_BYTES
     assert EQU["PARAMETERS_IN_IMAGE"] == parameters.BLOCK_IN_IMAGE
     assert EQU["PARAMETERS_BYTES"] == parameters.BLOCK_BYTES
+    assert EQU["CLASS_STEPS"] == mailbox.CLASS_STEPS_BYTES
     assert EQU["STATE_FILL"] == mailbox.WorkerState.FILL
     assert EQU["STATE_VERIFY"] == mailbox.WorkerState.VERIFY
     assert EQU["PAGE_DIRECTORIES"] + addresses.MAPPED_GIB_MAX * 4096 <= addresses.DATA_START_MIN
@@ -66,7 +67,12 @@ def test_mailbox_fields_agree() -> None:
 
 def test_parameter_fields_agree() -> None:
     guest = parameters.GuestParameters(
-        vcpus=3, low_bytes=100 * 8192, high_bytes=50 * 8192, step_bytes=8192, random=True, clock_interval_pages=7
+        vcpus=3,
+        low_bytes=100 * 8192,
+        high_bytes=50 * 8192,
+        step_bytes=8192,
+        kind=parameters.GuestKind.RANDOM,
+        clock_interval_pages=7,
     )
     block = guest.pack()
 
@@ -86,6 +92,8 @@ def test_parameter_fields_agree() -> None:
     assert packed("P_ORDER_INCREMENT") % 2 == 0
     assert packed("P_CLOCK_INTERVAL_PAGES") == 7
     assert packed("P_MAPPED_GIB") == 5
+    assert packed("P_SKEW_CLASSES") == packed("P_PAUSE_TICKS") == 0
+    assert packed("P_ROUND_VISITS") == 50
 
 
 def test_kvmclock_off_is_interval_zero() -> None:

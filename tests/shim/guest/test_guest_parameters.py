@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from itertools import pairwise
 
 import pytest
@@ -9,8 +10,11 @@ from farfault_shim.guest.addresses import clock_address, histogram_address, mail
 from farfault_shim.guest.parameters import (
     BLOCK_BYTES,
     BLOCK_IN_IMAGE,
+    BLOCK_VERSION,
     HEADER,
+    IDLE_PAUSE_TICKS,
     IMAGE_BYTES,
+    GuestKind,
     GuestParameters,
     Machine,
     first_word,
@@ -67,24 +71,41 @@ def test_page_limit_without_high_ram_is_all_low() -> None:
     assert (parameters.low_pages, parameters.high_pages) == (1000, 0)
 
 
-@given(pages=st.integers(1, 700), vcpus=st.integers(1, 9), round_number=st.integers(0, 2**64), random=st.booleans())
-def test_each_round_visits_each_page_of_the_slice_once(pages: int, vcpus: int, round_number: int, random: bool) -> None:
-    parameters = GuestParameters(vcpus=vcpus, low_bytes=4096 * pages * vcpus, random=random)
+@given(
+    pages=st.integers(1, 700),
+    vcpus=st.integers(1, 9),
+    round_number=st.integers(0, 2**64),
+    kind=st.sampled_from([GuestKind.SEQUENTIAL, GuestKind.RANDOM]),
+)
+def test_each_round_visits_each_page_of_the_slice_once(
+    pages: int, vcpus: int, round_number: int, kind: GuestKind
+) -> None:
+    parameters = GuestParameters(vcpus=vcpus, low_bytes=4096 * pages * vcpus, kind=kind)
     for vcpu in range(vcpus):
         order = list(parameters.round_order(vcpu, round_number))
         assert sorted(order) == list(parameters.slice_of(vcpu))
-        if not random:
+        if kind is GuestKind.SEQUENTIAL:
             assert order == sorted(order)
 
 
 def test_random_rounds_differ_and_jump() -> None:
-    parameters = GuestParameters(low_bytes=1000 * 4096, random=True)
+    parameters = GuestParameters(low_bytes=1000 * 4096, kind=GuestKind.RANDOM)
     orders = [list(parameters.round_order(0, number)) for number in range(8)]
     assert len({tuple(order) for order in orders}) == 8
     for order in orders:
         steps = [after - before for before, after in pairwise(order)]
         assert steps.count(1) < 20
         assert len(set(steps)) > 200
+
+
+def test_an_idle_guest_uses_few_pages_and_rests() -> None:
+    idle, zipf = (GuestParameters(low_bytes=1000 * 4096, kind=kind) for kind in (GuestKind.IDLE, GuestKind.ZIPF))
+    assert (idle.visits_per_pass, zipf.visits_per_pass) == (31, 1000)
+    last_three = lambda parameters: struct.unpack("<3Q", parameters.pack()[-24:])  # noqa: E731
+    assert last_three(idle) == (5, 31, IDLE_PAUSE_TICKS)
+    assert last_three(zipf) == (10, 1000, 0)
+    assert GuestParameters(low_bytes=3 * 4096, kind=GuestKind.IDLE).visits_per_pass == 3
+    assert last_three(GuestParameters(low_bytes=3 * 4096)) == (0, 3, 0)
 
 
 def test_slices_are_disjoint_and_of_equal_length() -> None:
@@ -128,7 +149,7 @@ def test_ram_too_small_is_refused() -> None:
         GuestParameters.for_ram(8 * MIB)
 
 
-def _image(worker_offset: int = 512, worker_bytes: int = 100, version: int = 1) -> bytes:
+def _image(worker_offset: int = 512, worker_bytes: int = 100, version: int = BLOCK_VERSION) -> bytes:
     image = bytearray(IMAGE_BYTES)
     HEADER.pack_into(image, BLOCK_IN_IMAGE, b"FARFAULT", version, worker_offset, worker_bytes)
     return bytes(image)
@@ -152,7 +173,7 @@ def test_apply_changes_the_block_only() -> None:
     [
         (b"", "65536 bytes"),
         (bytes(IMAGE_BYTES), "no parameter block"),
-        (_image(version=2), "version 2"),
+        (_image(version=99), "version 99"),
         (_image(worker_bytes=0), "does not fit"),
         (_image(worker_bytes=4097), "does not fit"),
         (_image(worker_offset=BLOCK_IN_IMAGE), "does not fit"),

@@ -6,11 +6,12 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from tempfile import TemporaryFile
 
 import pytest
 from farfault_cli.errors import VerificationError
-from farfault_shim.guest import GuestParameters, WorkerState, read_mailboxes, verify_ram
+from farfault_shim.guest import GuestKind, GuestParameters, WorkerState, read_class_steps, read_mailboxes, verify_ram
 from farfault_shim.guest.addresses import mailbox_address
 from farfault_shim.guest.parameters import second_word_offset
 from farfault_shim.guest.verify import PROBLEMS_MAX, RamCheck
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 PAGES = 24
 PARAMETERS = GuestParameters(
-    vcpus=2, low_bytes=10 * 4096, high_bytes=(PAGES - 10) * 4096, data_start=2 << 20, random=True
+    vcpus=2, low_bytes=10 * 4096, high_bytes=(PAGES - 10) * 4096, data_start=2 << 20, kind=GuestKind.RANDOM
 )
 FILL_STEPS = 2 + PAGES // 2 * 3 + 2
 
@@ -50,6 +51,46 @@ def test_guest_stopped_anywhere_is_right(steps: int) -> None:
         assert result.ok, result.problems
         assert result.pages == PAGES
         result.raise_if_wrong()
+
+
+@pytest.mark.parametrize("kind", [GuestKind.ZIPF, GuestKind.IDLE])
+@given(steps=st.integers(2, 600))
+def test_skewed_guest_stopped_anywhere_is_right(kind: GuestKind, steps: int) -> None:
+    parameters = replace(PARAMETERS, kind=kind)
+    with guest_stopped_after(steps, parameters) as fd:
+        result = check(fd, parameters)
+        assert result.ok, result.problems
+        assert result.pages == PAGES
+
+
+@pytest.mark.parametrize("change", [-1, 1, 2])
+def test_page_of_a_skewed_guest_that_missed_a_visit_is_found(change: int) -> None:
+    parameters = replace(PARAMETERS, kind=GuestKind.ZIPF)
+    with guest_stopped_after(FILL_STEPS + 400, parameters) as fd:
+        skew = parameters.skew
+        assert skew is not None
+        upcoming = skew.upcoming(read_class_steps(fd, 1))
+        page = parameters.slice_of(1)[next(page for page in range(skew.pages) if page not in upcoming)]
+        for word in (0, second_word_offset(1)):
+            place = parameters.file_offset_of(page) + word
+            value = int.from_bytes(os.pread(fd, 8, place), "little") + change
+            os.pwrite(fd, (value % (1 << 64)).to_bytes(8, "little"), place)
+        result = check(fd, parameters)
+        assert result.wrong == 1
+        assert f"data page {page} " in result.problems[0]
+
+
+def test_only_one_page_of_a_skewed_guest_may_be_ahead() -> None:
+    parameters = replace(PARAMETERS, kind=GuestKind.ZIPF)
+    with guest_stopped_after(FILL_STEPS, parameters) as fd:
+        skew = parameters.skew
+        assert skew is not None
+        upcoming = sorted(skew.upcoming(read_class_steps(fd, 0)))
+        for wrong, page in enumerate(upcoming):
+            place = parameters.file_offset_of(page)
+            value = int.from_bytes(os.pread(fd, 8, place), "little") + 1
+            os.pwrite(fd, (value % (1 << 64)).to_bytes(8, "little"), place)
+            assert check(fd, parameters).wrong == wrong
 
 
 @pytest.mark.parametrize("step_bytes", [4096, 3 * 4096, 2 << 20])

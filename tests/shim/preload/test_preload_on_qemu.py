@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import pytest
 from farfault_shim.attach.wire import AddressSource, ReportKind
-from farfault_shim.guest import GuestParameters, total_touched, verify_ram
+from farfault_shim.guest import GuestKind, GuestParameters, total_touched, verify_ram
 from farfault_shim.guest.program import image_path
 from farfault_shim.sources.userfault import find_userfaultfd
 from preload_vms import FARFAULT, QEMU, RAM_BYTES, Qmp, Vm, load_state, save_source, under_farfault, wait_for
 from tiny_receiver import TinyReceiver
 
 FAULTS_BEFORE_HOLD = 300
-PARAMETERS = GuestParameters.for_ram(RAM_BYTES, 2, random=True, pages_max=3000)
+PARAMETERS = GuestParameters.for_ram(RAM_BYTES, 2, kind=GuestKind.RANDOM, pages_max=3000)
 
 pytestmark = [
     pytest.mark.skipif(QEMU is None, reason="qemu-system-x86_64 is not installed"),

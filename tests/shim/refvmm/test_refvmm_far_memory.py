@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from farfault_shim.annotate import Annotator
 from farfault_shim.attach.wire import AddressSource, FaultSource, ReportKind
-from farfault_shim.guest import GuestParameters, Machine, total_touched, verify_ram
+from farfault_shim.guest import GuestKind, GuestParameters, Machine, total_touched, verify_ram
 from farfault_shim.guest.addresses import MAILBOXES, PARAMETERS, WORKER, histogram_address
 from farfault_shim.kvm.fault_profile import PLAIN, ROUGH, FaultProfile
 from farfault_shim.kvm.real import RealVm, install_kick_signal
@@ -115,7 +115,7 @@ exits = pytest.mark.parametrize(
 @sources
 @pytest.mark.parametrize("vcpus", [1, 4])
 def test_guest_runs_on_memory_that_comes_page_by_page(source: FaultSource, vcpus: int) -> None:
-    parameters = GuestParameters.for_ram(RAM_BYTES, vcpus, pages_max=1000, random=True)
+    parameters = GuestParameters.for_ram(RAM_BYTES, vcpus, pages_max=1000, kind=GuestKind.RANDOM)
     with far_vm(source, parameters) as far:
         far.vm.resume()
         wait_for_passes(far.vm, 2)
@@ -190,7 +190,7 @@ def test_a_vcpu_that_sleeps_in_the_kernel_stops() -> None:
 
 @exits
 def test_the_guest_waits_for_a_receiver_that_comes_late_and_over_its_restart(source: FaultSource) -> None:
-    parameters = GuestParameters.for_ram(RAM_BYTES, 2, pages_max=4000, random=True)
+    parameters = GuestParameters.for_ram(RAM_BYTES, 2, pages_max=4000, kind=GuestKind.RANDOM)
     with far_vm(source, parameters, with_receiver=False) as far:
         far.vm.resume()
         counters = far.attachment.client.state.vcpus
@@ -208,9 +208,9 @@ def test_the_guest_waits_for_a_receiver_that_comes_late_and_over_its_restart(sou
 
 
 @needs_kvm
-@pytest.mark.parametrize("random", [False, True])
-def test_real_and_simulated_kvm_miss_the_same_pages_in_the_same_order(random: bool) -> None:
-    parameters = GuestParameters.for_ram(RAM_BYTES, pages_max=600, random=random, clock_interval_pages=16)
+@pytest.mark.parametrize("kind", [GuestKind.SEQUENTIAL, GuestKind.RANDOM])
+def test_real_and_simulated_kvm_miss_the_same_pages_in_the_same_order(kind: GuestKind) -> None:
+    parameters = GuestParameters.for_ram(RAM_BYTES, pages_max=600, kind=kind, clock_interval_pages=16)
     orders = []
     for source in (FaultSource.STOCK_NOWAIT, FaultSource.SIMULATED):
         with far_vm(source, parameters) as far:
@@ -226,7 +226,7 @@ def test_real_and_simulated_kvm_miss_the_same_pages_in_the_same_order(random: bo
 
 
 def test_same_seed_same_exits() -> None:
-    parameters = GuestParameters.for_ram(RAM_BYTES, pages_max=300, random=True)
+    parameters = GuestParameters.for_ram(RAM_BYTES, pages_max=300, kind=GuestKind.RANDOM)
 
     def run(seed: int) -> list[tuple[int, ...]]:
         profile = FaultProfile(emulated=0.2, bare=0.5, stale=0.1, lost_sample=0.1)
@@ -245,7 +245,7 @@ def test_same_seed_same_exits() -> None:
 
 
 def test_a_rough_kvm_loses_nothing() -> None:
-    parameters = GuestParameters.for_ram(RAM_BYTES, 3, pages_max=1500, random=True, clock_interval_pages=8)
+    parameters = GuestParameters.for_ram(RAM_BYTES, 3, pages_max=1500, kind=GuestKind.RANDOM, clock_interval_pages=8)
     with far_vm(FaultSource.SIMULATED, parameters, seed=7, profile=ROUGH) as far:
         far.vm.resume()
         wait_for_passes(far.vm, 1)

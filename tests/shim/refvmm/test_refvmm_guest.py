@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from farfault_shim.guest import GuestParameters, Machine, total_touched, verify_ram
+from farfault_shim.guest import GuestKind, GuestParameters, Machine, total_touched, verify_ram
 from farfault_shim.refvmm.machine import RunState, WrongStateError
 from refvmm_rig import (
     MIB,
@@ -25,7 +25,7 @@ pytestmark = [needs_image, needs_kvm]
     [(Machine.PC, 128, 1), (Machine.FLAT, 128, 4), (Machine.PC, 4096, 4), (Machine.Q35, 3072, 1)],
 )
 def test_guest_verifies_its_pages(machine: Machine, ram_mib: int, vcpus: int) -> None:
-    parameters = GuestParameters.for_ram(ram_mib * MIB, vcpus, machine, pages_max=4000, random=True)
+    parameters = GuestParameters.for_ram(ram_mib * MIB, vcpus, machine, pages_max=4000, kind=GuestKind.RANDOM)
     with ram_path() as path, booted(real_kvm, path, parameters, ram_mib * MIB, machine) as vm:
         assert vm.run_state is RunState.PRELAUNCH
         vm.resume()

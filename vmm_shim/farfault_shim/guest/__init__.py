@@ -11,15 +11,17 @@ from farfault_shim.guest.mailbox import (
     Histogram,
     Mailbox,
     WorkerState,
+    read_class_steps,
     read_histogram,
     read_mailboxes,
     total_touched,
 )
-from farfault_shim.guest.parameters import GuestParameters, Machine
+from farfault_shim.guest.parameters import GuestKind, GuestParameters, Machine
 from farfault_shim.guest.program import load_image, worker_code
 from farfault_shim.guest.verify import RamCheck, verify_ram
 
 __all__ = [
+    "GuestKind",
     "GuestParameters",
     "Histogram",
     "Machine",
@@ -27,6 +29,7 @@ __all__ = [
     "RamCheck",
     "WorkerState",
     "load_image",
+    "read_class_steps",
     "read_histogram",
     "read_mailboxes",
     "total_touched",

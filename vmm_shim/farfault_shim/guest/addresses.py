@@ -7,7 +7,7 @@
     0x08000  worker: its code, at most one page
     0x09000  parameter block
     0x0A000  mailboxes, 128 bytes a vCPU
-    0x20000  latency histograms, a page a vCPU
+    0x20000  latency histograms, a page a vCPU; steps of a skew's classes behind each
     0x60000  kvmclock, a page a vCPU
     0xA0000  not RAM
     0x100000 page directories, a page for each GiB

@@ -2,7 +2,7 @@
 #
 # Reset (or a start-up IPI) -> real mode -> 32-bit protected mode -> long mode -> CPL3, where each vCPU
 # runs `worker` for ever on its own slice of the data pages: fill them once, then verify and change each
-# of them, round after round. Nothing runs at CPL0 after that: no interrupt, no system call, no stack.
+# of them, round after round; or, with a skew, some of them far more often than others. Nothing runs at CPL0 after that: no interrupt, no system call, no stack.
 # KVM on some hosts emulates CPL0 at about 1 MIPS, so the code before CPL3 is kept short.
 #
 # `worker` is position independent and needs only: long mode, CPL3, RAM identity-mapped and accessible to
@@ -37,7 +37,10 @@
 .equ P_ORDER_SHIFT,           PARAMETERS + 104
 .equ P_CLOCK_INTERVAL_PAGES,  PARAMETERS + 112
 .equ P_MAPPED_GIB,            PARAMETERS + 120
-.equ PARAMETERS_BYTES,        128
+.equ P_SKEW_CLASSES,          PARAMETERS + 128   # 0: every page once a round
+.equ P_ROUND_VISITS,          PARAMETERS + 136   # pages visited in a round with a skew
+.equ P_PAUSE_TICKS,           PARAMETERS + 144   # of the TSC, after each visit with a skew
+.equ PARAMETERS_BYTES,        152
 
 # Mailbox of one vCPU: u64 fields.
 .equ M_PASSES,            0             # verify rounds completed
@@ -62,6 +65,9 @@
 
 .equ STATE_FILL,   1
 .equ STATE_VERIFY, 2
+
+# Behind the buckets in the vCPU's histogram page: steps that each class of a skew has gone, u64.
+.equ CLASS_STEPS,     512
 
 # struct pvclock_vcpu_time_info (Linux Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW),
 # addressed from the vCPU's histogram page.
@@ -225,6 +231,7 @@ long_mode:
 #   rsi  address of the page              r9   pages until the clock read   r13  first page of the slice
 #   rbp  word seen                        r10  steps left in the round      r14  histogram
 #   rbx  state of the order               r11  increment of the order       r15  mailbox
+# With a skew: r10 visits left in the round, r11 class, r12 round of the class, from 1 on.
 
 .macro check offset:vararg              # the word in rbp must be the one in rdi
         cmp     %rdi, %rbp
@@ -265,7 +272,7 @@ worker:
         mov     %rdi, %r14
         shl     $12, %r14
         add     $HISTOGRAMS, %r14
-        mov     $64, %ecx
+        mov     $128, %ecx              # buckets, and steps of classes
 1:      mov     %rax, -8(%r14, %rcx, 8)
         dec     %ecx
         jnz     1b
@@ -280,7 +287,11 @@ worker:
 # The order of a round is a full-period generator modulo a power of two, x = a * x + c, mixed by
 # x ^ (x >> shift); numbers past the slice are skipped. a = c = 1 and shift = 63: ascending order.
 round:
-        mov     P_ORDER_INCREMENT, %r11
+        test    %r12, %r12
+        jz      1f
+        cmpq    $0, P_SKEW_CLASSES
+        jne     skew_round
+1:      mov     P_ORDER_INCREMENT, %r11
         imul    %r12, %r11
         inc     %r11
         mov     P_ORDER_MASK, %rbx
@@ -296,6 +307,7 @@ step:
         cmp     P_PAGES_PER_VCPU, %rdx
         jae     next
 
+visit:                                  # rdx: number of the page in the slice
         add     %r13, %rdx              # rdx: number of the data page
         mov     %rdx, %rsi
         mov     P_LOW_START, %rcx
@@ -333,11 +345,18 @@ step:
         inc     %rdi                    # a wrong word is put right, so each error counts once
         mov     %rdi, (%rsi)
         mov     %rdi, (%rsi, %r8)
-        incq    M_TOUCHED(%r15)
+        cmpq    $0, P_SKEW_CLASSES
+        je      1f
+        incq    CLASS_STEPS(%r14, %r11, 8)
+1:      incq    M_TOUCHED(%r15)
         dec     %r9
         jz      clock
 next:
-        dec     %r10
+        test    %r12, %r12
+        jz      1f
+        cmpq    $0, P_SKEW_CLASSES
+        jne     skew_next
+1:      dec     %r10
         jnz     step
         mov     %r12, M_PASSES(%r15)
         inc     %r12
@@ -349,6 +368,67 @@ fill:
         mov     %rdi, (%rsi, %r8)
         incq    M_FILLED(%r15)
         jmp     next
+
+# A skew: page of rank r, from 0 on, is in class floor(log2(r + 1)), and each visit is to a class that is drawn at
+# random, all alike: rank r is visited about once where rank 0 is visited r times. Within a class every page is
+# visited once a round of the class, so the number of its visits follows from the steps that the class has gone.
+skew_round:
+        mov     P_ROUND_VISITS, %r10
+skew_step:
+        imul    P_ORDER_MULTIPLIER, %rbx        # a generator modulo 2^64; its high half is used
+        add     P_ORDER_INCREMENT, %rbx
+        inc     %rbx
+        mov     %rbx, %rcx
+        shr     $32, %rcx
+        imul    P_SKEW_CLASSES, %rcx
+        shr     $32, %rcx
+        mov     %rcx, %r11
+        mov     CLASS_STEPS(%r14, %r11, 8), %rdx
+        mov     %rdx, %r12
+        shr     %cl, %r12               # the class has 2^class pages; each of its rounds starts at another one
+        mov     $GOLDEN, %rax
+        imul    %r12, %rax
+        inc     %r12
+        add     %rax, %rdx
+        mov     $1, %eax
+        shl     %cl, %rax
+        dec     %rax
+        and     %rax, %rdx
+        add     %rax, %rdx              # rdx: rank
+        cmp     P_PAGES_PER_VCPU, %rdx
+        jb      1f
+        incq    CLASS_STEPS(%r14, %r11, 8)      # the last class has fewer pages
+        jmp     skew_step
+1:      mov     P_ORDER_SHIFT, %ecx     # from ranks to pages: a permutation modulo 2^n, until it stays within the slice
+2:
+.rept 2
+        imul    P_ORDER_MULTIPLIER, %rdx
+        add     P_ORDER_INCREMENT, %rdx
+        inc     %rdx
+        and     P_ORDER_MASK, %rdx
+        mov     %rdx, %rax
+        shr     %cl, %rax
+        xor     %rax, %rdx
+.endr
+        cmp     P_PAGES_PER_VCPU, %rdx
+        jae     2b
+        jmp     visit
+
+skew_next:
+        mov     P_PAUSE_TICKS, %rbp
+        test    %rbp, %rbp
+        jz      2f
+        read_tsc
+        mov     %rax, %rcx
+1:      pause
+        read_tsc
+        sub     %rcx, %rax
+        cmp     %rbp, %rax              # a TSC that went back ends the pause
+        jb      1b
+2:      dec     %r10
+        jnz     skew_step
+        incq    M_PASSES(%r15)
+        jmp     skew_round
 
 # time = system_time + ((tsc - tsc_timestamp) << shift) * multiplier >> 32, if the version stayed even and
 # the same; else again after the next page.
@@ -412,7 +492,7 @@ gdt_pointer:
 .org PARAMETERS_IN_IMAGE
 parameters:
         .ascii  "FARFAULT"
-        .quad   1                       # version of this block
+        .quad   2                       # version of this block
         .quad   worker - image
         .quad   worker_end - worker
         .quad   0                       # no vCPU: parameters.py fills in the rest

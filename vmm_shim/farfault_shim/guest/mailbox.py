@@ -20,6 +20,10 @@ from farfault_shim.guest.addresses import MAILBOX_BYTES, histogram_address, mail
 HISTOGRAM_BUCKETS = 64
 _MAILBOX = struct.Struct("<16Q")
 _HISTOGRAM = struct.Struct(f"<{HISTOGRAM_BUCKETS}Q")
+CLASS_STEPS_BYTES = _HISTOGRAM.size
+"""Offset of the steps of a skew's classes in the vCPU's histogram page."""
+CLASSES_MAX = 64
+_CLASS_STEPS = struct.Struct(f"<{CLASSES_MAX}Q")
 
 
 class WorkerState(IntEnum):
@@ -35,7 +39,7 @@ class Mailbox:
     """What one vCPU reports, in the order of its mailbox.
 
     Attributes:
-        passes: rounds completed in which every page was verified.
+        passes: rounds completed in which every page was verified; with a skew, in which as many visits were made.
         touched: pages verified, in all rounds; it grows as long as the vCPU runs.
         errors: words that were not what this vCPU had written.
         clock_last_ns: kvmclock's time at the last reading.
@@ -134,6 +138,13 @@ def read_histogram(ram: int | str | Path, vcpu: int, offset: int = 0) -> Histogr
     """The latency histogram of one vCPU. Arguments and errors as for `read_mailboxes`."""
     with _opened(ram) as fd:
         return Histogram(_HISTOGRAM.unpack(_pread(fd, _HISTOGRAM.size, offset + histogram_address(vcpu))))
+
+
+def read_class_steps(ram: int | str | Path, vcpu: int, offset: int = 0) -> tuple[int, ...]:
+    """Steps that each class of a skewed guest has gone on one vCPU. Arguments and errors as for `read_mailboxes`."""
+    with _opened(ram) as fd:
+        place = offset + histogram_address(vcpu) + CLASS_STEPS_BYTES
+        return _CLASS_STEPS.unpack(_pread(fd, _CLASS_STEPS.size, place))
 
 
 def total_touched(mailboxes: Sequence[Mailbox]) -> int:

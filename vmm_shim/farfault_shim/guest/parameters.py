@@ -2,7 +2,7 @@
 
 Data pages are numbered through the low region (below 4 GiB) and then the high region (from 4 GiB), one
 every ``step_bytes``. Each vCPU owns a slice of equal length. It fills page n with ``first_word(n)``, and in
-each round afterwards expects what it left, and adds one. The same word lies at offset 0 and at offset
+each visit afterwards expects what it left, and adds one. The same word lies at offset 0 and at offset
 ``second_word_offset(vcpu)`` of the page.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from farfault_shim.guest.addresses import DATA_START_MIN, MAPPED_GIB_MAX, PAGE_BYTES, VCPUS_MAX
+from farfault_shim.guest.skew import GOLDEN, Skew, skew_classes
 from farfault_shim.layout import Gpa
 
 GIB = 1 << 30
@@ -21,14 +22,13 @@ FOUR_GIB = 4 * GIB
 IMAGE_BYTES = 64 << 10
 BLOCK_IN_IMAGE = 0xF000
 BLOCK_MAGIC = b"FARFAULT"
-BLOCK_VERSION = 1
+BLOCK_VERSION = 2
 HEADER = struct.Struct("<8s3Q")
 """Magic, version, offset and length of the worker in the image."""
 
-_FIELDS = struct.Struct("<12Q")
+_FIELDS = struct.Struct("<15Q")
 BLOCK_BYTES = HEADER.size + _FIELDS.size
 
-GOLDEN = 0x9E3779B97F4A7C15
 SECOND_WORD_BYTES = 2048
 _MASK_64 = (1 << 64) - 1
 
@@ -36,6 +36,29 @@ _MASK_64 = (1 << 64) - 1
 _RANDOM_MULTIPLIER = 6364136223846793005
 _RANDOM_INCREMENT = 1442695040888963406
 _NO_MIXING_SHIFT = 63
+
+IDLE_CLASSES = 5
+"""Classes of an idle guest's skew: the 31 pages of each vCPU that it uses."""
+IDLE_PAUSE_TICKS = 1 << 22
+"""Of the TSC between two visits of an idle guest: 1.6 ms at 2.6 GHz."""
+
+
+class GuestKind(Enum):
+    """What the guest does with its memory, once it has filled it."""
+
+    SEQUENTIAL = "sequential"
+    """Rounds through all pages in ascending order."""
+    RANDOM = "random"
+    """Rounds through all pages, each in another pseudo-random order."""
+    ZIPF = "zipf"
+    """All pages, by a zipf-like law with exponent 1 over a pseudo-random permutation, see `skew`."""
+    IDLE = "idle"
+    """A few pages, with pauses in which a vCPU spins: it has no interrupt that could end a halt."""
+
+    @property
+    def is_skewed(self) -> bool:
+        """Some pages are visited more often than others."""
+        return self in (GuestKind.ZIPF, GuestKind.IDLE)
 
 
 class Machine(Enum):
@@ -84,7 +107,7 @@ class GuestParameters:
         low_ram_bytes: RAM below 4 GiB, which tells where in the RAM file the high region lies; 0: right
             after the low data region.
         step_bytes: distance between data pages, a multiple of 4 KiB. 2 MiB touches each huge page once.
-        random: each round in another pseudo-random order; otherwise ascending.
+        kind: which pages are visited when.
         kvmclock: turn kvmclock on (where the CPU identification offers it) and read it.
         clock_interval_pages: data pages between two readings of kvmclock.
 
@@ -98,7 +121,7 @@ class GuestParameters:
     data_start: int = 16 << 20
     low_ram_bytes: int = 0
     step_bytes: int = PAGE_BYTES
-    random: bool = False
+    kind: GuestKind = GuestKind.SEQUENTIAL
     kvmclock: bool = True
     clock_interval_pages: int = 64
 
@@ -135,7 +158,7 @@ class GuestParameters:
         pages_max: int | None = None,
         data_start: int = 16 << 20,
         step_bytes: int = PAGE_BYTES,
-        random: bool = False,
+        kind: GuestKind = GuestKind.SEQUENTIAL,
         kvmclock: bool = True,
         clock_interval_pages: int = 64,
     ) -> GuestParameters:
@@ -144,6 +167,7 @@ class GuestParameters:
         Args:
             ram_bytes: of the VM, QEMU's ``-m``.
             vcpus: of the VM.
+            kind: which pages are visited when.
             machine: how RAM is split, a `Machine` or a QEMU machine name.
             pages_max: at most so many data pages, half of them from 4 GiB on where there is RAM; None: all.
 
@@ -164,7 +188,7 @@ class GuestParameters:
             data_start=data_start,
             low_ram_bytes=low_ram_bytes,
             step_bytes=step_bytes,
-            random=random,
+            kind=kind,
             kvmclock=kvmclock,
             clock_interval_pages=clock_interval_pages,
         )
@@ -186,6 +210,21 @@ class GuestParameters:
     def data_pages(self) -> int:
         """Data pages that some vCPU works on."""
         return self.pages_per_vcpu * self.vcpus
+
+    @property
+    def skew(self) -> Skew | None:
+        """How often a vCPU visits which page of its slice; None: all alike, in rounds."""
+        if not self.kind.is_skewed:
+            return None
+        classes = skew_classes(self.pages_per_vcpu)
+        if self.kind is GuestKind.IDLE:
+            classes = min(classes, IDLE_CLASSES)
+        return Skew(self.pages_per_vcpu, classes, *self._order)
+
+    @property
+    def visits_per_pass(self) -> int:
+        """Visits of a vCPU that count as one pass: its pages, or those of them that an idle guest uses."""
+        return skew.used_pages if (skew := self.skew) is not None else self.pages_per_vcpu
 
     @property
     def mapped_gib(self) -> int:
@@ -215,7 +254,7 @@ class GuestParameters:
         return (self.low_ram_bytes or self.data_start + self.low_bytes) + address - FOUR_GIB
 
     def round_order(self, vcpu: int, round_number: int) -> Iterator[int]:
-        """The data pages in the order in which the vCPU visits them in a round; round 0 fills."""
+        """The data pages in the order in which the vCPU visits them in a round; round 0 fills, others have no skew."""
         pages = self.slice_of(vcpu)
         multiplier, increment, mask, shift = self._order
         increment = (1 + round_number * increment) & _MASK_64
@@ -227,7 +266,8 @@ class GuestParameters:
                 yield pages[index]
 
     def pack(self, *, worker_offset: int = 0, worker_bytes: int = 0) -> bytes:
-        """The parameter block, 128 bytes, as the worker reads it at `addresses.PARAMETERS`."""
+        """The parameter block, `BLOCK_BYTES`, as the worker reads it at `addresses.PARAMETERS`."""
+        skew = self.skew
         return HEADER.pack(BLOCK_MAGIC, BLOCK_VERSION, worker_offset, worker_bytes) + _FIELDS.pack(
             self.vcpus,
             self.data_start,
@@ -238,6 +278,9 @@ class GuestParameters:
             *self._order,
             self.clock_interval_pages if self.kvmclock else 0,
             self.mapped_gib,
+            skew.classes if skew is not None else 0,
+            self.visits_per_pass,
+            IDLE_PAUSE_TICKS if self.kind is GuestKind.IDLE else 0,
         )
 
     def apply(self, image: bytes) -> bytes:
@@ -258,7 +301,7 @@ class GuestParameters:
     def _order(self) -> tuple[int, int, int, int]:
         bits = (self.pages_per_vcpu - 1).bit_length()
         mask = (1 << bits) - 1
-        if not self.random:
+        if self.kind is GuestKind.SEQUENTIAL:
             return 1, 0, mask, _NO_MIXING_SHIFT
         return _RANDOM_MULTIPLIER, _RANDOM_INCREMENT, mask, max(1, bits // 2)
 

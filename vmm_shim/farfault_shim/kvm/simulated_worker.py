@@ -1,4 +1,4 @@
-"""The self-verifying worker of ``guest/guest.S``, done in Python one memory page at a time.
+"""The self-verifying worker of ``guest/guest.S``, done in Python one memory page at a time; in rounds only, no skew.
 
 `SimulatedWorker.step` does the work up to the next page; a step that meets an absent page raises and is done
 again from its start, as an instruction is. All state lies in the registers of `Registers`, so that a vCPU
@@ -85,6 +85,9 @@ class _Parameters(NamedTuple):
     order_shift: int
     clock_interval_pages: int
     mapped_gib: int
+    skew_classes: int
+    round_visits: int
+    pause_ticks: int
 
     def address_of(self, page: int) -> int:
         if page < self.low_pages:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from farfault_cli.errors import FarfaultError, UsageError, VerificationError
 
 from farfault_shim.attach.wire import FaultSource
-from farfault_shim.guest import GuestParameters, Machine, read_mailboxes, total_touched, verify_ram
+from farfault_shim.guest import GuestKind, GuestParameters, Machine, read_mailboxes, total_touched, verify_ram
 from farfault_shim.kvm.fault_profile import PROFILES
 from farfault_shim.kvm.interface import Vm
 from farfault_shim.kvm.real import RealVm, install_kick_signal
@@ -70,7 +70,7 @@ class Options:
                 self.vcpus,
                 Machine(self.machine),
                 pages_max=self.pages,
-                random=self.random_order,
+                kind=GuestKind.RANDOM if self.random_order else GuestKind.SEQUENTIAL,
                 kvmclock=self.kvmclock,
             )
         except ValueError as error:

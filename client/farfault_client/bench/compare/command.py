@@ -14,10 +14,11 @@ from typing import Any, Final, TypeVar
 import click
 from farfault_cli.errors import PreflightError, UsageError, VerificationError
 from farfault_cli.sizes import parse_rate, parse_size
+from farfault_shim.guest import GuestKind
 
 from farfault_client.bench.compare.results import Results, headings, ratio_text, rows
 from farfault_client.bench.compare.run import Run, play
-from farfault_client.bench.compare.scenario import Axes, GuestKind, Mode, Scenario, order_of_modes
+from farfault_client.bench.compare.scenario import Axes, Mode, Scenario, order_of_modes
 from farfault_client.bench.document import replace_section
 from farfault_client.bench.machine import command_line, describe_machine
 from farfault_client.demo.vms import QEMU
@@ -59,9 +60,9 @@ class CommaList(click.ParamType[list[Any]]):
     "--guest",
     "guests",
     type=CommaList(GuestKind, "guests"),
-    default="random,sequential",
+    default="random,sequential,zipf,idle",
     show_default=True,
-    help="Order in which the guest rewrites its pages.",
+    help="What the guest does: rewrite all pages in either order, some far more often than others, or only 31 a vCPU.",
 )
 @click.option("--ram", "rams", type=CommaList(parse_size, "sizes"), default="1GiB,128MiB,4GiB", show_default=True)
 @click.option("--vcpus", type=CommaList(int, "counts"), default="1,2,4", show_default=True)

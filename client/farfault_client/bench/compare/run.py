@@ -24,7 +24,7 @@ from farfault_client.bench.compare.guest_figures import GuestSample, guest_figur
 from farfault_client.bench.compare.guest_watch import GuestWatch, sample, ticks_per_us
 from farfault_client.bench.compare.monitor import Monitor, MonitoredVm
 from farfault_client.bench.compare.native import LOOPBACK, start_native_move
-from farfault_client.bench.compare.scenario import GuestKind, Mode, Scenario
+from farfault_client.bench.compare.scenario import Mode, Scenario
 from farfault_client.demo.processes import Processes
 from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags, scene_folder
 from farfault_client.demo.vms import VmmKind
@@ -126,7 +126,7 @@ def _scene(
         VmmKind.QEMU,
         ram_bytes=scenario.ram_bytes,
         vcpus=scenario.vcpus,
-        random=scenario.guest is GuestKind.RANDOM,
+        guest=scenario.guest,
         fault_source=mode.fault_source,
         serve_flags=port_flags(ports),
         source_target=f"{address}:{ports[0]}",
@@ -134,7 +134,7 @@ def _scene(
     scene = Scene(config, folder, processes, RAM_FOLDER)
     scene.port = ports[0]
     scene.source, scene.destination = (
-        MonitoredVm(vm.kind, vm.name, vm.folder, vm.ram, vm.ram_bytes, vm.vcpus, vm.random, pages_max=vm.pages_max)
+        MonitoredVm(vm.kind, vm.name, vm.folder, vm.ram, vm.ram_bytes, vm.vcpus, vm.guest, pages_max=vm.pages_max)
         for vm in (scene.source, scene.destination)
     )
     return scene

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import product
 
+from farfault_shim.guest import GuestKind
+
 
 class Mode(Enum):
     """Who moves the VM, and how its vCPUs miss pages."""
@@ -25,13 +27,6 @@ class Mode(Enum):
     def fault_source(self) -> str:
         """What `farfault run` is told; empty for QEMU's own."""
         return {Mode.NOWAIT: "stock-nowait", Mode.BLOCKING: "blocking"}.get(self, "")
-
-
-class GuestKind(Enum):
-    """The order in which the guest rewrites its pages, all of them in each round."""
-
-    RANDOM = "random"
-    SEQUENTIAL = "sequential"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 from farfault_cli.errors import PreflightError, UsageError, VerificationError
 from farfault_cli.sizes import SIZE
+from farfault_shim.guest import GuestKind
 
 from farfault_client.bench.document import machine_text, markdown_table, replace_section
 from farfault_client.bench.fleet.figures import (
@@ -84,7 +85,7 @@ def fleet(vms: int, ram_bytes: int, vmm: str | None, fault_source: str, as_json:
     _check(kind, vms, ram_bytes)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the VMs end and their RAM is freed
     config = SceneConfig(
-        kind, ram_bytes=ram_bytes, vcpus=1, random=True, fault_source=choose_fault_source(kind, fault_source)
+        kind, ram_bytes=ram_bytes, vcpus=1, guest=GuestKind.RANDOM, fault_source=choose_fault_source(kind, fault_source)
     )
     found = play(config, vms, lambda text: None if as_json else click.echo(text, err=True))
     machine, command = describe_machine(), command_line(sys.argv[1:])

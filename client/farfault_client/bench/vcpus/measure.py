@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from farfault_cli.errors import FarfaultError
-from farfault_shim.guest import total_touched
+from farfault_shim.guest import GuestKind, total_touched
 from farfault_vmm.qmp import QmpVmm
 
 from farfault_client.demo.processes import Processes, farfault_argv
@@ -65,7 +65,9 @@ def measure(vcpus: int, source: FaultSource, way: Way) -> Rate:
         FarfaultError: with the last words of everybody.
     """
     folder = Path(tempfile.mkdtemp(prefix="farfault-vcpus-"))
-    config = SceneConfig(VmmKind.QEMU, ram_bytes=RAM_BYTES, vcpus=vcpus, random=True, fault_source=source.value)
+    config = SceneConfig(
+        VmmKind.QEMU, ram_bytes=RAM_BYTES, vcpus=vcpus, guest=GuestKind.RANDOM, fault_source=source.value
+    )
     with Processes(folder) as processes:
         scene = Scene(config, folder, processes)
         try:
