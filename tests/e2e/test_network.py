@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from conftest import MakeScene
+from farfault_cli.errors import PreflightError
 from farfault_client.demo.processes import farfault_argv
 from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags
 from farfault_client.demo.vms import VmmKind
+from farfault_client.netsim.hosts import SOURCE_ADDRESS, TwoHosts, check_namespaces, two_hosts
 from netsim_helpers import Proxy, free_ports
 from test_move import check_figures
 
 pytestmark = pytest.mark.e2e
 
 MIB = 1 << 20
-SOURCE_ADDRESS, DESTINATION_ADDRESS = "10.231.77.1", "10.231.77.2"
 
 
 @pytest.fixture
-def two_hosts() -> Iterator[tuple[str, str]]:
-    """Names of two network namespaces that reach each other."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("network namespaces need root and iproute2")
-    names = (f"ffsrc{os.getpid()}", f"ffdst{os.getpid()}")
-    ends = (f"ffs{os.getpid()}", f"ffd{os.getpid()}")
-    run = lambda *argv: subprocess.run(argv, check=True)  # noqa: E731
+def joined_hosts() -> Iterator[TwoHosts]:
     try:
-        for name in names:
-            run("ip", "netns", "add", name)
-        run("ip", "link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
-        for name, end, address in zip(names, ends, (SOURCE_ADDRESS, DESTINATION_ADDRESS), strict=True):
-            run("ip", "-n", name, "address", "add", f"{address}/30", "dev", end)
-            run("ip", "-n", name, "link", "set", end, "up")
-            run("ip", "-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name])
+        check_namespaces()
+    except PreflightError as error:
+        pytest.skip(error.problem)
+    with two_hosts() as hosts:
+        yield hosts
 
 
 def finish(scene: Scene) -> None:
@@ -53,16 +40,14 @@ def finish(scene: Scene) -> None:
     assert check.ok, check.problems
 
 
-def test_between_two_hosts_with_mutual_tls(two_hosts: tuple[str, str], make_scene: MakeScene) -> None:
-    # not `ip netns exec`: that hides tracefs behind a fresh /sys
-    source, destination = (("nsenter", f"--net=/run/netns/{name}") for name in two_hosts)
+def test_between_two_hosts_with_mutual_tls(joined_hosts: TwoHosts, make_scene: MakeScene) -> None:
     config = SceneConfig(
         VmmKind.QEMU,
         ram_bytes=128 * MIB,
         vcpus=2,
         listen=SOURCE_ADDRESS,
-        source_prefix=source,
-        destination_prefix=destination,
+        source_prefix=joined_hosts.source_prefix,
+        destination_prefix=joined_hosts.destination_prefix,
     )
     scene = make_scene(config)
     tls = scene.folder / "tls"

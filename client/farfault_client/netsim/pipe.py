@@ -1,6 +1,6 @@
 """What a network does to one direction of one connection. No I/O, no clock.
 
-`PipeModel.sent` says when a chunk arrives; the time it takes is half of the round trip, plus the time that the bytes
+`LinkModel.sent` says when a chunk arrives; the time it takes is half of the round trip, plus the time that the bytes
 before it and its own take at the link's rate. All connections of a `LinkModel` share its rate in each direction.
 """
 

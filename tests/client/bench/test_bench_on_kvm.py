@@ -6,10 +6,12 @@ import os
 import shutil
 
 import pytest
+from farfault_cli.errors import PreflightError
 from farfault_client.bench.compare.run import play
-from farfault_client.bench.compare.scenario import Mode, Scenario
+from farfault_client.bench.compare.scenario import Link, Mode, Scenario
 from farfault_client.bench.vcpus.measure import FaultSource, Way, measure
 from farfault_client.demo.vms import QEMU
+from farfault_client.netsim.hosts import check_namespaces
 from farfault_shim.guest import GuestKind
 
 pytestmark = [
@@ -42,6 +44,19 @@ def test_a_move_has_all_figures(mode: Mode, scenario: Scenario) -> None:
     assert run.touched_first_second > 0
     assert (run.serve_own_bytes is None) == mode.is_native
     assert {"mode", "guest", "rtt_ms"} <= set(run.to_json())
+
+
+@pytest.mark.parametrize("mode", [Mode.QEMU_PREEMPT, Mode.NOWAIT], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("rtt_ms", [0, 1])
+def test_a_move_between_two_network_namespaces(mode: Mode, rtt_ms: float) -> None:
+    try:
+        check_namespaces()
+    except PreflightError as error:
+        pytest.skip(error.problem)
+    run = play(Scenario(ram_bytes=64 << 20, rtt_ms=rtt_ms, link=Link.NAMESPACES), mode)
+    assert run.verification_errors == 0
+    assert run.faults > 0
+    assert run.to_json()["link"] == "namespaces"
 
 
 @pytest.mark.parametrize("mode", [Mode.QEMU, Mode.NOWAIT], ids=lambda mode: mode.value)

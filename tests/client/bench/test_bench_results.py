@@ -14,7 +14,7 @@ from farfault_client.bench.compare.html_report import html_report
 from farfault_client.bench.compare.markdown_report import markdown_report
 from farfault_client.bench.compare.results import METRICS, Results, headings, rows
 from farfault_client.bench.compare.run import Run
-from farfault_client.bench.compare.scenario import Axes, Mode, Scenario, order_of_modes
+from farfault_client.bench.compare.scenario import Axes, Link, Mode, Scenario, order_of_modes
 from farfault_client.bench.document import replace_section
 from farfault_client.bench.machine import command_line
 from farfault_client.bench.spread import spread_of
@@ -61,6 +61,18 @@ def test_star_changes_one_thing_at_a_time() -> None:
     assert axes.every()[0] == axes.star()[0] == axes.reference
 
 
+def test_other_networks_are_measured_on_the_last_link() -> None:
+    axes = Axes([GuestKind.RANDOM], [1 << 30], [1], [0.0, 10.0], [0, 125_000_000], list(Link))
+    assert [scenario.title.partition("1 vCPU, ")[2] for scenario in axes.star()] == [
+        "RTT 0 ms",
+        "RTT 0 ms, namespaces",
+        "RTT 10 ms, namespaces",
+        "RTT 0 ms, 125 MB/s, namespaces",
+    ]
+    assert [scenario.has_proxy for scenario in axes.star()] == [False, False, True, True]
+    assert len(axes.every()) == 8
+
+
 def test_each_mode_comes_first_in_turn() -> None:
     modes = list(Mode)
     assert [order_of_modes(modes, run)[0] for run in range(5)] == [*modes, modes[0]]
@@ -92,6 +104,7 @@ def test_json_object(results: Results) -> None:
     shown = json.loads(json.dumps(results.to_json()))
     assert shown["ratios_mode"] == "farfault-nowait"
     assert [run["mode"] for run in shown["runs"]] == ["qemu", "qemu-preempt", *["farfault-nowait"] * 3]
+    assert (shown["runs"][0]["guest"], shown["runs"][0]["link"]) == ("random", "loopback")
     assert {"guest", "rtt_ms", "mean_fault_us", "ram_bytes"} <= set(shown["runs"][0])
     assert Results().to_json() == {"runs": [], "ratios": {}, "ratios_mode": "", "all_ratios": []}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,16 +13,17 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
-from farfault_cli.errors import PreflightError, UsageError, VerificationError
+from farfault_cli.errors import FarfaultError, PreflightError, UsageError, VerificationError
 from farfault_cli.sizes import parse_rate, parse_size
 from farfault_shim.guest import GuestKind
 
 from farfault_client.bench.compare.results import Results, headings, ratio_text, rows
 from farfault_client.bench.compare.run import Run, play
-from farfault_client.bench.compare.scenario import Axes, Mode, Scenario, order_of_modes
+from farfault_client.bench.compare.scenario import Axes, Link, Mode, Scenario, order_of_modes
 from farfault_client.bench.document import replace_section
 from farfault_client.bench.machine import command_line, describe_machine
 from farfault_client.demo.vms import QEMU
+from farfault_client.netsim.hosts import check_namespaces, two_hosts
 from farfault_client.options import FILE
 
 T = TypeVar("T")
@@ -72,15 +74,22 @@ class CommaList(click.ParamType[list[Any]]):
     type=CommaList(float, "ms"),
     default="0,1,10",
     show_default=True,
-    help="Round-trip time of the network between the hosts; 0 without --rate: loopback.",
+    help="Round-trip time that a proxy between the hosts adds; 0 without --rate: no proxy.",
 )
 @click.option(
     "--rate",
     "rates",
     type=CommaList(parse_rate, "bytes/s"),
-    default="0",
+    default="0,125MB/s",
     show_default=True,
-    help="Its rate in each direction, such as 125MB/s; 0: no limit.",
+    help="Its rate in each direction; 0: no limit.",
+)
+@click.option(
+    "--link",
+    "links",
+    type=CommaList(Link, "links"),
+    help="What joins the hosts: loopback, or two network namespaces with a veth pair (root, iproute2). Without --full "
+    "other round-trip times and rates are measured on the last one. Default: loopback,namespaces where that works.",
 )
 @click.option("--full", is_flag=True, help="Every combination. Default: change one thing at a time.")
 @click.option(
@@ -105,6 +114,7 @@ def compare(
     vcpus: list[int],
     rtts: list[float],
     rates: list[int],
+    links: list[Link] | None,
     full: bool,
     runs: int,
     quick: bool,
@@ -122,11 +132,13 @@ def compare(
     \b
       farfault bench compare --quick
       farfault bench compare --guest random --ram 1GiB --vcpus 1,4 --rtt-ms 0 --runs 9
+      farfault bench compare --guest random --link namespaces --rtt-ms 10 --rate 125MB/s --runs 9
       farfault bench compare --html compare.html --markdown docs/benchmarks.md
 
     Exit codes: 0 done, 1 a move failed, 2 wrong use, 3 no QEMU or no KVM here, 7 a guest found wrong memory.
     """
-    axes = Axes(guests, rams, vcpus, rtts, rates)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that VMs and namespaces end and RAM is freed
+    axes = Axes(guests, rams, vcpus, rtts, rates, links or _usable_links(quiet=quick))
     _check(axes)
     scenarios = axes.every() if full else axes.star()
     if quick:
@@ -157,10 +169,22 @@ def _check(axes: Axes) -> None:
             raise UsageError(f"--ram {size} is not a multiple of 2 MiB from {RAM_MIN_BYTES >> 20} MiB on")
     if any(not 1 <= count <= 64 for count in axes.vcpus):
         raise UsageError("--vcpus takes numbers from 1 to 64")
+    if Link.NAMESPACES in axes.links:
+        check_namespaces()
     if not shutil.which(QEMU):
         raise PreflightError(f"{QEMU} is not installed", "install QEMU; the comparison is with its own post-copy")
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise PreflightError("/dev/kvm cannot be used", "the guest's own time means something only under KVM")
+
+
+def _usable_links(*, quiet: bool) -> list[Link]:
+    try:
+        with two_hosts():
+            return list(Link)
+    except FarfaultError as error:
+        if not quiet:
+            click.echo(f"no network namespaces here ({error.problem}); loopback only", err=True)
+        return [Link.LOOPBACK]
 
 
 def _play_all(results: Results, scenario: Scenario, modes: Sequence[Mode], runs: int, *, quiet: bool) -> None:

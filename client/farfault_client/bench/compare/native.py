@@ -6,18 +6,18 @@ from typing import Final
 
 from farfault_client.bench.compare.monitor import Monitor
 
-LOOPBACK: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = 30.0
 
 
 async def start_native_move(
-    source: Monitor, destination: Monitor, *, preempt: bool, connect_to: str, port: int
+    source: Monitor, destination: Monitor, *, preempt: bool, listen_on: str, connect_to: str, port: int
 ) -> None:
     """Starts a migration and switches it to post-copy as soon as it is active.
 
     Args:
         source, destination: both VMMs; the destination waits (``-incoming defer``).
         preempt: pages that were asked for go over a connection of their own.
+        listen_on: address of the destination.
         connect_to: where the source finds the destination, or a proxy before it.
         port: on both.
     """
@@ -25,7 +25,7 @@ async def start_native_move(
         names = ["events", "postcopy-ram", "postcopy-blocktime", *(["postcopy-preempt"] if preempt else [])]
         capabilities = [{"capability": name, "state": True} for name in names]
         await monitor.execute("migrate-set-capabilities", capabilities=capabilities)
-    await destination.execute("migrate-incoming", uri=f"tcp:{LOOPBACK}:{port}")
+    await destination.execute("migrate-incoming", uri=f"tcp:{listen_on}:{port}")
     await source.execute("migrate", uri=f"tcp:{connect_to}:{port}")
     await source.event("MIGRATION", "active", timeout_s=START_TIMEOUT_S)
     await source.execute("migrate-start-postcopy")

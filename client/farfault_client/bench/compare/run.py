@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import os
 import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
@@ -23,19 +20,20 @@ from farfault_client.bench.compare import usage
 from farfault_client.bench.compare.guest_figures import GuestSample, guest_figures
 from farfault_client.bench.compare.guest_watch import GuestWatch, sample, ticks_per_us
 from farfault_client.bench.compare.monitor import Monitor, MonitoredVm
-from farfault_client.bench.compare.native import LOOPBACK, start_native_move
+from farfault_client.bench.compare.native import start_native_move
+from farfault_client.bench.compare.network import Network, free_ports, network
 from farfault_client.bench.compare.scenario import Mode, Scenario
 from farfault_client.demo.processes import Processes
 from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags, scene_folder
 from farfault_client.demo.vms import VmmKind
 from farfault_client.migrate.follow import ReceiverClient, verdict_of
 
-PROXY_ADDRESS: Final = "127.0.0.2"
 START_TIMEOUT_S: Final = 60.0
 STEP_TIMEOUT_S: Final = 30.0
 MOVE_TIMEOUT_S: Final = 300.0
-PROXY_END_TIMEOUT_S: Final = 10.0
 FIRST_SECOND_US: Final = 1_000_000
+INSECURE: Final = ("--insecure",)
+"""Both pagers move memory as it is; the namespaces of a link are the benchmark's own."""
 RAM_FOLDER: Final = Path("/dev/shm")
 
 
@@ -81,7 +79,7 @@ class Run:
         fields = asdict(self)
         scenario = fields.pop("scenario")
         fields["mode"] = self.mode.value
-        return {**fields, **scenario, "guest": self.scenario.guest.value}
+        return {**fields, **scenario, "guest": self.scenario.guest.value, "link": self.scenario.link.value}
 
 
 @dataclass(slots=True)
@@ -104,12 +102,12 @@ def play(scenario: Scenario, mode: Mode) -> Run:
         FarfaultError: it could not be moved; with the last words of everybody.
     """
     folder = scene_folder("farfault-bench-")
-    ports = _free_ports(PORTS)
-    with Processes(folder) as processes, _network(scenario, ports) as address:
-        scene = _scene(scenario, mode, folder, processes, ports, address)
+    ports = free_ports(PORTS)
+    with network(scenario, mode, ports) as between, Processes(folder) as processes:
+        scene = _scene(scenario, mode, folder, processes, ports, between)
         try:
             _start(scene, mode)
-            phase, samples = asyncio.run(_move(scene, mode, address, ports[0]))
+            phase, samples = asyncio.run(_move(scene, mode, between, ports[0]))
             run = _figures(scene, scenario, mode, phase, samples)
         except FarfaultError as error:
             raise type(error)(f"{mode.value}, {scenario.title}: {error.problem}\n{scene.logs()}") from error
@@ -120,7 +118,7 @@ def play(scenario: Scenario, mode: Mode) -> Run:
 
 
 def _scene(
-    scenario: Scenario, mode: Mode, folder: Path, processes: Processes, ports: Sequence[int], address: str
+    scenario: Scenario, mode: Mode, folder: Path, processes: Processes, ports: Sequence[int], between: Network
 ) -> Scene:
     config = SceneConfig(
         VmmKind.QEMU,
@@ -128,8 +126,12 @@ def _scene(
         vcpus=scenario.vcpus,
         guest=scenario.guest,
         fault_source=mode.fault_source,
-        serve_flags=port_flags(ports),
-        source_target=f"{address}:{ports[0]}",
+        serve_flags=(*port_flags(ports), *INSECURE),
+        receive_flags=INSECURE,
+        source_target=f"{between.connect_to}:{ports[0]}",
+        source_prefix=between.source_prefix,
+        destination_prefix=between.destination_prefix,
+        listen=between.source,
     )
     scene = Scene(config, folder, processes, RAM_FOLDER)
     scene.port = ports[0]
@@ -148,7 +150,7 @@ def _start(scene: Scene, mode: Mode) -> None:
         scene.start_destination()
         scene.start_receiver()
         return
-    scene.processes.start("destination", scene.destination.argv(incoming=True))
+    scene.processes.start("destination", [*scene.config.destination_prefix, *scene.destination.argv(incoming=True)])
     monitor = _monitor_of(scene, "destination")
     scene.processes.wait_until(monitor.exists, "the destination VMM listens", START_TIMEOUT_S, "destination")
 
@@ -159,7 +161,7 @@ def _monitor_of(scene: Scene, name: str) -> Path:
     return vm.monitor
 
 
-async def _move(scene: Scene, mode: Mode, address: str, port: int) -> tuple[Phase, list[GuestSample]]:
+async def _move(scene: Scene, mode: Mode, between: Network, port: int) -> tuple[Phase, list[GuestSample]]:
     async with (
         asyncio.timeout(MOVE_TIMEOUT_S),
         Monitor(_monitor_of(scene, "source")) as source,
@@ -169,7 +171,8 @@ async def _move(scene: Scene, mode: Mode, address: str, port: int) -> tuple[Phas
         phase, account = Phase(), _Account(scene, is_native=mode.is_native)
         if mode.is_native:
             preempt = mode is Mode.QEMU_PREEMPT
-            await start_native_move(source, destination, preempt=preempt, connect_to=address, port=port)
+            addresses = {"listen_on": between.destination, "connect_to": between.connect_to}
+            await start_native_move(source, destination, preempt=preempt, port=port, **addresses)
             await _note_switchover(phase, source, destination)
             completed = await destination.event("MIGRATION", "completed", timeout_s=MOVE_TIMEOUT_S)
             phase.all_there_us = completed.unix_us
@@ -263,42 +266,3 @@ def _figures(scene: Scene, scenario: Scenario, mode: Mode, phase: Phase, samples
         verification_errors=sum(mailbox.errors for mailbox in mailboxes) + check.wrong,
         others_cpu_share=phase.others_cpu_share,
     )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, neither on loopback nor on the proxy's address."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("0.0.0.0", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-@contextmanager
-def _network(scenario: Scenario, ports: Sequence[int]) -> Iterator[str]:
-    """A proxy before loopback where the scenario has a network; yields the address to connect to."""
-    if not scenario.has_network:
-        yield LOOPBACK
-        return
-    command = [sys.executable, "-m", "farfault_client.netsim.proxy", "--listen", PROXY_ADDRESS, "--to", LOOPBACK]
-    for port in ports:
-        command += ["--port", str(port)]
-    command += ["--rtt-ms", str(scenario.rtt_ms), "--rate-bytes", str(scenario.rate_bytes_per_s)]
-    proxy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert proxy.stdin is not None
-    assert proxy.stdout is not None
-    try:
-        if proxy.stdout.readline() != "ready\n":
-            raise FarfaultError("the network proxy did not start")
-        yield PROXY_ADDRESS
-    finally:
-        proxy.stdin.close()
-        try:
-            proxy.wait(PROXY_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            proxy.kill()
-            proxy.wait()
-        proxy.stdout.close()

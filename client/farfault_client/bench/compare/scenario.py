@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import product
+from typing import Any
 
 from farfault_shim.guest import GuestKind
 
@@ -29,6 +30,15 @@ class Mode(Enum):
         return {Mode.NOWAIT: "stock-nowait", Mode.BLOCKING: "blocking"}.get(self, "")
 
 
+class Link(Enum):
+    """What joins the hosts."""
+
+    LOOPBACK = "loopback"
+    """Both sides in one network namespace."""
+    NAMESPACES = "namespaces"
+    """A network namespace for each side, and a veth pair."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """Circumstances that all modes meet alike.
@@ -38,6 +48,7 @@ class Scenario:
         ram_bytes, vcpus: of the VM.
         rtt_ms: round-trip time that the network adds.
         rate_bytes_per_s: of the network, each direction; 0: no limit.
+        link: what the hosts are joined by.
     """
 
     guest: GuestKind = GuestKind.RANDOM
@@ -45,17 +56,19 @@ class Scenario:
     vcpus: int = 1
     rtt_ms: float = 0.0
     rate_bytes_per_s: int = 0
+    link: Link = Link.LOOPBACK
 
     @property
-    def has_network(self) -> bool:
-        """Something stands between the hosts; else they speak over loopback."""
+    def has_proxy(self) -> bool:
+        """Something on the link delays bytes; else it is as fast as the kernel."""
         return bool(self.rtt_ms or self.rate_bytes_per_s)
 
     @property
     def title(self) -> str:
         vcpus = f"{self.vcpus} vCPU" + ("s" if self.vcpus > 1 else "")
         rate = f", {self.rate_bytes_per_s / 1e6:g} MB/s" if self.rate_bytes_per_s else ""
-        return f"{self.guest.value}, {self.ram_bytes >> 20} MiB, {vcpus}, RTT {self.rtt_ms:g} ms{rate}"
+        link = f", {self.link.value}" if self.link is not Link.LOOPBACK else ""
+        return f"{self.guest.value}, {self.ram_bytes >> 20} MiB, {vcpus}, RTT {self.rtt_ms:g} ms{rate}{link}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +80,33 @@ class Axes:
     vcpus: Sequence[int]
     rtt_ms: Sequence[float]
     rates_bytes_per_s: Sequence[int]
+    links: Sequence[Link] = (Link.LOOPBACK,)
 
     @property
     def reference(self) -> Scenario:
-        return Scenario(self.guests[0], self.ram_bytes[0], self.vcpus[0], self.rtt_ms[0], self.rates_bytes_per_s[0])
+        return Scenario(*(values[0] for values in self._all))
 
     def star(self) -> list[Scenario]:
-        """The reference, then scenarios that differ from it in one axis."""
-        first = self.reference
+        """The reference, then scenarios that differ from it in one axis; other networks on the last link."""
+        first, link = self.reference, self.links[-1]
         return [
             first,
             *(replace(first, guest=guest) for guest in self.guests[1:]),
             *(replace(first, ram_bytes=size) for size in self.ram_bytes[1:]),
             *(replace(first, vcpus=count) for count in self.vcpus[1:]),
-            *(replace(first, rtt_ms=rtt) for rtt in self.rtt_ms[1:]),
-            *(replace(first, rate_bytes_per_s=rate) for rate in self.rates_bytes_per_s[1:]),
+            *(replace(first, link=each) for each in self.links[1:]),
+            *(replace(first, rtt_ms=rtt, link=link) for rtt in self.rtt_ms[1:]),
+            *(replace(first, rate_bytes_per_s=rate, link=link) for rate in self.rates_bytes_per_s[1:]),
         ]
 
     def every(self) -> list[Scenario]:
         """Every combination, the reference first."""
-        axes = (self.guests, self.ram_bytes, self.vcpus, self.rtt_ms, self.rates_bytes_per_s)
-        return [Scenario(*values) for values in product(*axes)]
+        return [Scenario(*values) for values in product(*self._all)]
+
+    @property
+    def _all(self) -> tuple[Sequence[Any], ...]:
+        """In the order of the fields of `Scenario`."""
+        return self.guests, self.ram_bytes, self.vcpus, self.rtt_ms, self.rates_bytes_per_s, self.links
 
 
 def order_of_modes(modes: Sequence[Mode], run: int) -> list[Mode]:
