@@ -9,6 +9,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
+
+ON_THE_WAY_BYTES_MAX: Final = 64 << 20
+"""In one direction of one connection where the link has no rate: 12 GB/s with a round trip of 10 ms."""
+QUEUE_S: Final = 0.05
+"""With a rate: what a router before the link holds beside what is on its way."""
+QUEUE_BYTES_MIN: Final = 256 << 10
 
 
 class Direction(Enum):
@@ -30,6 +37,14 @@ class LinkModel:
     rtt_s: float = 0.0
     bytes_per_s: float = 0.0
     _busy_until: dict[Direction, float] = field(default_factory=lambda: dict.fromkeys(Direction, 0.0))
+
+    @property
+    def on_the_way_bytes_max(self) -> int:
+        """Bound of the bytes in one direction of one connection; beyond it its sender is not read from."""
+        if not self.bytes_per_s:
+            return ON_THE_WAY_BYTES_MAX
+        queue_bytes = max(QUEUE_BYTES_MIN, round(self.bytes_per_s * QUEUE_S))
+        return min(ON_THE_WAY_BYTES_MAX, round(self.bytes_per_s * self.rtt_s / 2) + queue_bytes)
 
     def sent(self, direction: Direction, size_bytes: int, now: float) -> float:
         """When the last of `size_bytes` that were sent at `now` (seconds) arrives."""

@@ -7,6 +7,9 @@ server names to its clients work through it::
 
 Lines on standard input act at once: ``rtt-ms 5``, ``rate-bytes 12500000``, ``reset``, ``partition 10`` (seconds),
 ``half-open``, ``corrupt``, ``truncate``, ``duplicate``, ``stall 0.5``. It ends with its standard input.
+
+Its timers are those of uvloop, in whole milliseconds: each direction may take one more than it should. Benchmarks use
+the program ``link`` in C where they can.
 """
 
 from __future__ import annotations
@@ -24,10 +27,6 @@ from typing import cast
 import click
 
 from farfault_client.netsim.pipe import Direction, Fault, LinkModel, damaged
-
-BUFFER_BYTES_MAX = 16 << 20
-"""On their way in one direction of one connection; then the sender is not read from."""
-CHUNK_BYTES = 256 << 10
 
 
 class Network:
@@ -88,7 +87,7 @@ class End(asyncio.Protocol):
         arrives_at = network.link.sent(self._direction, len(data), self._loop.time())
         self._on_the_way.append((max(arrives_at, network.blocked_until), data))
         self._on_the_way_bytes += len(data)
-        if self._on_the_way_bytes > BUFFER_BYTES_MAX and self.transport is not None:
+        if self._on_the_way_bytes > network.link.on_the_way_bytes_max and self.transport is not None:
             self.transport.pause_reading()
         if self._timer is None:
             self._deliver()
@@ -119,7 +118,7 @@ class End(asyncio.Protocol):
             if not self._pair.is_dead and not other.transport.is_closing():
                 other.transport.write(network.pass_through(self._pair, data, self._direction))
         is_open = self.transport is not None and not self.transport.is_closing()
-        if self.transport is not None and is_open and self._on_the_way_bytes <= BUFFER_BYTES_MAX // 2:
+        if self.transport is not None and is_open and self._on_the_way_bytes <= network.link.on_the_way_bytes_max // 2:
             self.transport.resume_reading()
         self._pair.drained()
 

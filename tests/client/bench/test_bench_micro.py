@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from farfault_client.bench.micro import programs
+from farfault_client.bench import programs
 from farfault_client.bench.micro.bench_host import BenchHost, Cpus, pinned
 from farfault_client.bench.micro.cases import CASES, PAIRS
 from farfault_client.bench.micro.ram_file import PAGE_BYTES, make_ram_file, page

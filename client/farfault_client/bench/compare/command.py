@@ -17,6 +17,7 @@ from farfault_cli.errors import FarfaultError, PreflightError, UsageError, Verif
 from farfault_cli.sizes import parse_rate, parse_size
 from farfault_shim.guest import GuestKind
 
+from farfault_client.bench.compare.network import describe_proxy
 from farfault_client.bench.compare.results import Results, headings, ratio_text, rows
 from farfault_client.bench.compare.run import Run, play
 from farfault_client.bench.compare.scenario import Axes, Link, Mode, Scenario, order_of_modes
@@ -143,20 +144,25 @@ def compare(
     scenarios = axes.every() if full else axes.star()
     if quick:
         scenarios, runs = [replace(axes.reference, ram_bytes=QUICK_RAM_BYTES)], min(runs, QUICK_RUNS)
+    machine = describe_machine()
+    if any(scenario.has_proxy for scenario in scenarios):
+        machine["network proxy"] = describe_proxy()
+        if not as_json:
+            click.echo(f"the network proxy is the one {machine['network proxy']}", err=True)
     results = Results()
     for scenario in scenarios:
         _play_all(results, scenario, modes, runs, quiet=as_json)
         if not as_json:
             _print_table(results, scenario)
-    report = {"machine": describe_machine(), "command": command_line(sys.argv[1:]), **results.to_json()}
+    report = {"machine": machine, "command": command_line(sys.argv[1:]), **results.to_json()}
     if html is not None:
         from farfault_client.bench.compare.html_report import html_report
 
-        html.write_text(html_report(results, report["machine"], report["command"]))
+        html.write_text(html_report(results, machine, report["command"]))
     if markdown is not None:
         from farfault_client.bench.compare.markdown_report import markdown_report
 
-        replace_section(markdown, "compare", markdown_report(results, report["machine"], report["command"]))
+        replace_section(markdown, "compare", markdown_report(results, machine, report["command"]))
     if as_json:
         click.echo(json.dumps(report))
     if results.verification_errors:

@@ -17,8 +17,8 @@ from typing import Any, Final, Self
 
 from farfault_cli.errors import FarfaultError
 
-from farfault_client.bench.micro.programs import compiled
 from farfault_client.bench.micro.ram_file import make_ram_file
+from farfault_client.bench.programs import compiled
 from farfault_client.demo.processes import Processes, farfault_argv
 
 START_TIMEOUT_S: Final = 60.0

@@ -1,4 +1,4 @@
-"""The baselines in C: found beside the tests, compiled once into a cache."""
+"""The programs in C, baselines and the network: found beside the tests, compiled once into a cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 
 from farfault_cli.errors import FarfaultError, PreflightError
 
-SOURCES: Final = ("pingpong.c", "stream.c", "install.c", "pager.c", "toucher.c")
+SOURCES: Final = ("pingpong.c", "stream.c", "install.c", "pager.c", "toucher.c", "link.c")
 FLAGS: Final = ("-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 LIBRARY_FLAGS: Final = ("-shared", "-fPIC")
 COMPILE_TIMEOUT_S: Final = 60.0
@@ -27,7 +27,7 @@ def source_folder() -> Path:
         folder = parent / "tests" / "bench" / "c"
         if folder.is_dir():
             return folder
-    raise PreflightError("the C baselines are not installed", "run this command from a checkout of the repository")
+    raise PreflightError("the programs in C are not installed", "run this command from a checkout of the repository")
 
 
 def compiled() -> Path:
