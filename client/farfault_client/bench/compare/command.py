@@ -136,10 +136,11 @@ def compare(
       farfault bench compare --guest random --link namespaces --rtt-ms 10 --rate 125MB/s --runs 9
       farfault bench compare --html compare.html --markdown docs/benchmarks.md
 
-    Exit codes: 0 done, 1 a move failed, 2 wrong use, 3 no QEMU or no KVM here, 7 a guest found wrong memory.
+    Exit codes: 0 done, 1 a move failed, 2 wrong use, 3 no QEMU, no KVM or no namespaces here, 7 a guest found
+    wrong memory.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that VMs and namespaces end and RAM is freed
-    axes = Axes(guests, rams, vcpus, rtts, rates, links or _usable_links(quiet=quick))
+    axes = Axes(guests, rams, vcpus, rtts, rates, links or ([Link.LOOPBACK] if quick else _usable_links()))
     _check(axes)
     scenarios = axes.every() if full else axes.star()
     if quick:
@@ -183,13 +184,12 @@ def _check(axes: Axes) -> None:
         raise PreflightError("/dev/kvm cannot be used", "the guest's own time means something only under KVM")
 
 
-def _usable_links(*, quiet: bool) -> list[Link]:
+def _usable_links() -> list[Link]:
     try:
         with two_hosts():
             return list(Link)
     except FarfaultError as error:
-        if not quiet:
-            click.echo(f"no network namespaces here ({error.problem}); loopback only", err=True)
+        click.echo(f"no network namespaces here ({error.problem}); loopback only", err=True)
         return [Link.LOOPBACK]
 
 
