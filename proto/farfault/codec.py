@@ -69,8 +69,10 @@ class DecodedBatch(NamedTuple):
     data_length: int
 
     @property
-    def data(self) -> memoryview:
-        """The page data, as a view of `buffer`."""
+    def data(self) -> bytes | memoryview:
+        """The page data: `buffer` itself where that holds nothing else, or a view of it."""
+        if self.data_length == len(self.buffer):
+            return self.buffer
         return memoryview(self.buffer)[self.data_offset : self.data_offset + self.data_length]
 
 

@@ -308,7 +308,7 @@ class FaultEngine:
         runs: list[PageRun] = []
         urgent: Priority | None = None
         for priority, queue in self._demand.items():
-            if not queue or pages_left <= 0 or bytes_left <= 0:
+            if not queue.waiting or pages_left <= 0 or bytes_left <= 0:
                 continue
             taken: list[int] = []
             for page in queue.take():
@@ -389,7 +389,7 @@ class FaultEngine:
     @property
     def demand_waits(self) -> bool:
         """`next_demand` may have a request: after a loss, or an answer that left awaited pages out."""
-        return any(self._demand.values())
+        return any(queue.waiting for queue in self._demand.values())
 
     @property
     def requests_in_flight(self) -> int:

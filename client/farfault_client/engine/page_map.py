@@ -88,6 +88,10 @@ class PageMap:
         """Priority of a wanted, in-flight or arrived page; 0 for others."""
         return self._bytes[page] & PRIORITY_MASK
 
+    def is_absent(self, page: int) -> bool:
+        """Nobody has wanted it or asked for it."""
+        return self._bytes[page] == ABSENT_BYTE
+
     def is_present(self, page: int) -> bool:
         """Installed in guest memory."""
         return self._bytes[page] == INSTALLED_BYTE

@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from farfault_client.engine import Priority
 from farfault_client.receive.histogram import LatencyHistogram
 
 
-class Stage(Enum):
+class Stage(StrEnum):
     """A part of a fault's time."""
 
     QUEUE = "queue"
@@ -25,7 +25,10 @@ class Stage(Enum):
     TOTAL = "total"
 
 
-class FaultResult(Enum):
+_QUEUE, _WIRE, _SERVER, _INSTALL, _TOTAL = Stage  # bound once: a look-up of a member costs as much as its use
+
+
+class FaultResult(StrEnum):
     """How a fault was resolved."""
 
     FETCHED = "fetched"
@@ -55,37 +58,40 @@ class FaultTimes:
     """Histograms by stage, priority and result; made at first use, at most 5 x 2 x 3 of them.
 
     Attributes:
-        total: of all faults.
         requests: from sending a request until it is answered in full, by priority.
     """
 
     def __init__(self) -> None:
         self.requests = {priority: LatencyHistogram() for priority in Priority}
-        self._histograms: dict[tuple[Stage, Priority, FaultResult], LatencyHistogram] = {}
-        self.total = LatencyHistogram()
+        self._stages: dict[tuple[Priority, FaultResult], dict[Stage, LatencyHistogram]] = {}
 
     def resolved(self, priority: Priority, since: float, now: float, trip: Trip | None, result: FaultResult) -> None:
         """A thread that has missed a page at `since` goes on at `now`; `trip`: the answer that brought it."""
-        self.total.observe(now - since)
-        self._observe(Stage.TOTAL, priority, result, now - since)
+        stages = self._stages.get((priority, result))
+        if stages is None:
+            stages = self._stages[priority, result] = {stage: LatencyHistogram() for stage in Stage}
+        stages[_TOTAL].observe(now - since)
         if trip is None or trip.sent_at < since:
             return
-        self._observe(Stage.QUEUE, priority, result, trip.sent_at - since)
-        self._observe(Stage.WIRE, priority, result, trip.answered_at - trip.sent_at - trip.server_s)
-        self._observe(Stage.SERVER, priority, result, trip.server_s)
-        self._observe(Stage.INSTALL, priority, result, now - trip.answered_at)
+        stages[_QUEUE].observe(trip.sent_at - since)
+        stages[_WIRE].observe(trip.answered_at - trip.sent_at - trip.server_s)
+        stages[_SERVER].observe(trip.server_s)
+        stages[_INSTALL].observe(now - trip.answered_at)
 
     def answered(self, sent: Sent, now: float) -> None:
         """A request is answered in full at `now`."""
         self.requests[sent.priority].observe(now - sent.at)
 
+    @property
+    def total(self) -> LatencyHistogram:
+        """Of all faults, added up at each call."""
+        return LatencyHistogram.sum_of(stages[_TOTAL] for stages in self._stages.values())
+
     def histograms(self) -> dict[tuple[Stage, Priority, FaultResult], LatencyHistogram]:
         """All that have counted something."""
-        return dict(self._histograms)
-
-    def _observe(self, stage: Stage, priority: Priority, result: FaultResult, seconds: float) -> None:
-        key = (stage, priority, result)
-        histogram = self._histograms.get(key)
-        if histogram is None:
-            histogram = self._histograms[key] = LatencyHistogram()
-        histogram.observe(seconds)
+        return {
+            (stage, priority, result): histogram
+            for (priority, result), stages in self._stages.items()
+            for stage, histogram in stages.items()
+            if histogram.count
+        }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import log2
+from operator import add
 
 _PER_OCTAVE = 32
 _OCTAVES = 30
 """2^30 us is 1073 s; longer values count in the last bucket."""
+_LAST = _PER_OCTAVE * _OCTAVES - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,27 @@ class LatencyHistogram:
 
     def observe(self, seconds: float) -> None:
         """Counts one duration; negative ones count as 0."""
-        us = max(0.0, seconds * 1e6)
+        us = seconds * 1e6
+        index = 0
+        if us > 1:
+            index = min(int(log2(us) * _PER_OCTAVE), _LAST)
+        elif us < 0:
+            us = 0.0
+        self._buckets[index] += 1
         self.count += 1
         self.sum_us += us
         self.max_us = max(self.max_us, us)
-        index = int(math.log2(us) * _PER_OCTAVE) if us > 1 else 0
-        self._buckets[min(index, len(self._buckets) - 1)] += 1
+
+    @classmethod
+    def sum_of(cls, histograms: Iterable[LatencyHistogram]) -> LatencyHistogram:
+        """What one histogram would hold that had observed all that these have."""
+        total = cls()
+        for histogram in histograms:
+            total.count += histogram.count
+            total.sum_us += histogram.sum_us
+            total.max_us = max(total.max_us, histogram.max_us)
+            total._buckets = array("Q", map(add, total._buckets, histogram._buckets))
+        return total
 
     def percentile_us(self, share: float) -> float:
         """The smallest bucket edge that at least `share` (0..1) of the observations do not exceed."""

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
@@ -71,33 +71,35 @@ REFUSALS_TOLD = 20
 """Refusing answers in a row after which the status says so: about a second."""
 
 
-@dataclass(frozen=True, slots=True)
-class VcpuKey:
-    """Engine key of a vCPU that ended KVM_RUN and waits for a verdict."""
+class VcpuKey(NamedTuple):
+    """Engine key of a vCPU that ended KVM_RUN and waits for a verdict. A tuple: its hash costs next to nothing."""
 
     vcpu: int
+    kind: str = "vcpu"
 
     def __str__(self) -> str:
         return f"vCPU {self.vcpu}"
 
 
-@dataclass(frozen=True, slots=True)
-class PageKey:
+class PageKey(NamedTuple):
     """Engine key of the threads that sleep in the kernel on one page of a blocking userfaultfd."""
 
     page: PageIndex
+    kind: str = "page"
 
     def __str__(self) -> str:
         return "a thread in the kernel"
 
 
-@dataclass(slots=True)
-class Pending:
+class Pending(NamedTuple):
     """A verdict that a vCPU waits for."""
 
     channel: VcpuChannel
     seq: int
     verdict: VerdictKind
+
+
+_FETCHED, _JOINED = FaultResult.FETCHED, FaultResult.JOINED
 
 
 @dataclass(slots=True)
@@ -345,7 +347,7 @@ class Pager:
         now = time.monotonic()
         since = now if since is None else min(since, now)
         for page in pages:
-            if self.engine.pages.state(page) is PageState.ABSENT:
+            if self.engine.pages.is_absent(page):
                 self.working_set.missed(page)
         answer = self.engine.fault(key, pages, priority, since)
         if answer.ready:
@@ -474,11 +476,15 @@ class Pager:
         Events may have to be read in between; what they remove is left out of the rest.
         """
         run, idle = order.run, 0
-        page_size = self.layout.region_of_page(run.first).page_size_bytes
-        while parts := self.engine.to_install(run):
+        while run.count and (parts := self.engine.to_install(run)):
             part = parts[0]
-            offset = order.data_offset + (part.first - order.run.first) * page_size
-            done = self._try_install(part, data, -1 if order.data_offset < 0 else base + offset)
+            offset = order.data_offset
+            if offset >= 0:
+                offset += base
+            if offset >= 0 and part.first > order.run.first:
+                page_size = self.layout.region_of_page(part.first).page_size_bytes
+                offset += (part.first - order.run.first) * page_size
+            done = self._try_install(part, data, offset)
             idle = 0 if done else idle + 1
             if idle > DRAIN_ATTEMPTS_MAX:
                 raise RuntimeError(f"page {part.first}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
@@ -530,19 +536,21 @@ class Pager:
             self._digest.leave_out(run)
 
     def _installed(self, result: InstallResult, *, zero: bool) -> int:
+        done = 0
         for run in result.installed:
+            done += run.count
             self._wake_all(self.engine.installed(run, zero=zero))
         for run in result.existed:
+            done += run.count
             self._wake_all(self.engine.installed(run, existed=True))
-        return sum(run.count for run in (*result.installed, *result.existed))
+        return done
 
     def _wake_all(self, waiters: list[Waiter]) -> None:
+        trip = self._trip
         for waiter in waiters:
             self._restart(waiter)
-            trip = self._trip
-            fetched = trip is not None and trip.sent_at >= waiter.since
-            result = FaultResult.FETCHED if fetched else FaultResult.JOINED
             now = time.monotonic()
+            result = _FETCHED if trip is not None and trip.sent_at >= waiter.since else _JOINED
             self.stats.times.resolved(waiter.priority, waiter.since, now, trip, result)
             if now - waiter.since > self.slow_faults.limit_s:
                 self.slow_faults.ended(waiter, now)
@@ -558,7 +566,8 @@ class Pager:
             case PageKey(page):
                 if self._installer is not None:
                     self._installer.wake(PageRun(page, 1))
-                self._note_presence(page)
+                if self._presence:
+                    self._note_presence(page)
 
     def _note_presence(self, page: PageIndex) -> None:
         for entry in list(self._presence):

@@ -6,7 +6,7 @@ A driver owns connections and nothing else. What to fetch and what an answer mea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 from farfault.v1 import pages_pb2 as pb
@@ -14,8 +14,8 @@ from farfault.v1 import pages_pb2 as pb
 from farfault_client.session.answers import Answer, Placed
 
 
-class Lane(Enum):
-    """A kind of page traffic."""
+class Lane(StrEnum):
+    """A kind of page traffic. Strings, because the hash of a plain enum's member is computed in Python each time."""
 
     DEMAND = "demand"
     BACKGROUND = "background"

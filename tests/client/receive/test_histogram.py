@@ -44,3 +44,14 @@ def test_percentiles_are_within_a_bucket(durations: list[float], share: float) -
     found_us = histogram.percentile_us(share)
     assert exact_us * (1 - 1e-9) <= found_us <= exact_us * BUCKET * (1 + 1e-9)
     assert histogram.figures().mean_us == pytest.approx(sum(durations) / len(durations) * 1e6)
+
+
+def test_a_sum_is_as_if_one_had_seen_all() -> None:
+    durations = [[0.0001, 0.02], [0.5], []]
+    parts, whole = [LatencyHistogram() for _ in durations], LatencyHistogram()
+    for part, seconds in zip(parts, durations, strict=True):
+        for value in seconds:
+            part.observe(value)
+            whole.observe(value)
+    total = LatencyHistogram.sum_of(parts)
+    assert (total.figures(), total.counts()) == (whole.figures(), whole.counts())

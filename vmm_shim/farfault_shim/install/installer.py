@@ -173,12 +173,12 @@ class _Copy(Protocol):
 
 def _repeat(copy: _Copy, run: PageRun, page_size_bytes: int) -> InstallResult:
     """Copies a run to its end, stepping over pages that exist already."""
+    outcome = copy(0)
+    if outcome.done_bytes == run.count * page_size_bytes:
+        return InstallResult([run])  # the common case
     result = InstallResult()
     done = 0
-    for _ in range(min(run.count * 2, EXISTING_PAGES_MAX) + 1):
-        if done == run.count:
-            break
-        outcome = copy(done)
+    for _ in range(min(run.count * 2, EXISTING_PAGES_MAX)):
         copied = outcome.done_bytes // page_size_bytes
         if copied:
             result.installed.append(PageRun(PageIndex(run.first + done), copied))
@@ -188,6 +188,9 @@ def _repeat(copy: _Copy, run: PageRun, page_size_bytes: int) -> InstallResult:
             done += 1
         elif outcome.error not in (0, errno.EEXIST) and not (copied and outcome.error == errno.EAGAIN):
             _raise(outcome.error, run, result)
+        if done == run.count:
+            break
+        outcome = copy(done)
     return result
 
 

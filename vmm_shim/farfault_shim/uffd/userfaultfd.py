@@ -95,6 +95,7 @@ class Userfaultfd:
         self._descriptor = descriptor
         self._copy = bytearray(abi.COPY.size)
         self._zeropage = bytearray(abi.ZEROPAGE.size)
+        self._events = bytearray()  # where events are read into
 
     @classmethod
     def create(cls, features: int = 0, device_fd: int | None = None) -> Self:
@@ -159,12 +160,16 @@ class Userfaultfd:
 
     def read_events(self, events_max: int = 64) -> list[Fault | Removed]:
         """Takes waiting events off the descriptor, which must be O_NONBLOCK; empty: there is none."""
+        wanted_bytes = abi.MESSAGE_BYTES * events_max
+        if len(self._events) < wanted_bytes:
+            self._events = bytearray(wanted_bytes)
+        data = self._events
         try:
-            data = os.read(self._descriptor, abi.MESSAGE_BYTES * events_max)
+            size_bytes = os.readv(self._descriptor, (data,))
         except BlockingIOError:
             return []
         events: list[Fault | Removed] = []
-        for offset in range(0, len(data), abi.MESSAGE_BYTES):
+        for offset in range(0, size_bytes, abi.MESSAGE_BYTES):
             event = data[offset]
             if event == abi.EVENT_PAGEFAULT:
                 _, flags, address, thread_id = abi.MESSAGE.unpack_from(data, offset)
