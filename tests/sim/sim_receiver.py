@@ -364,7 +364,7 @@ class Receiver:
             assert not is_there, f"page {page} is fetched though it is there"
         assert fetch.size_bytes <= max(self.config.demand_bytes_max if is_demand else self.config.batch_bytes_max, PAGE)
         if not is_demand:
-            if self.engine.waiting:
+            if self.lanes[True].in_flight or self.engine.pages.total(PageState.WANTED):
                 assert self.clock.now - self.last_background_at >= PACE_S, "the background does not yield"
             self.last_background_at = self.clock.now
             window = self.engine.window.size_bytes

@@ -20,8 +20,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from farfault_shim.layout import PAGE_SIZES_BYTES, Layout, PageIndex, PageRun
+from farfault_shim.layout import Layout, PageIndex, PageRun
 
+from farfault_client.engine.background_order import BackgroundOrder
 from farfault_client.engine.demand_queue import DemandQueue
 from farfault_client.engine.neighbours import DEPTH_MAX_PAGES, NeighbourPrefetch
 from farfault_client.engine.orders import EngineStats, Extent, ExtentResult, FaultAnswer, Fetch, Install
@@ -32,13 +33,10 @@ from farfault_client.engine.waiters import Waiter, Waiters
 from farfault_client.engine.way import Departure
 from farfault_client.engine.window import BackgroundWindow
 
-HINT_RUNS_MAX: Final = 1 << 16
-"""Hinted runs that wait to be fetched."""
 NEIGHBOUR_RUNS_MAX: Final = 1024
 """Neighbours that wait to be fetched; the oldest are dropped, as the guest has moved on."""
 REFUSAL_PAUSE_S: Final = 0.05
 """The background lane rests this long after a refusal, so that a refusing server is not hammered."""
-SMALLEST_PAGE_BYTES: Final = min(PAGE_SIZES_BYTES)
 
 # Bound once: looking up a member of an enum costs as much as a bytes search.
 _WANT, _SEND, _ARRIVE, _INSTALL = PageInput.WANT, PageInput.SEND, PageInput.ARRIVE, PageInput.INSTALL
@@ -98,12 +96,11 @@ class FaultEngine:
         self._waiters = Waiters()
         self._demand = {Priority.VCPU: DemandQueue(), Priority.VMM: DemandQueue()}
         self._neighbour_runs: deque[PageRun] = deque(maxlen=NEIGHBOUR_RUNS_MAX)
-        self._hints: deque[PageRun] = deque()
+        self._order = BackgroundOrder(layout, self.pages)
         self._in_flight: dict[int, Fetch] = {}
         self._departures: dict[int, Departure] = {}  # of background requests
         self._data_bytes = 0  # came with data since the last background request was answered
         self._background_in_flight_bytes = 0
-        self._background_cursor = 0
         self._background_rests_until = float("-inf")
         self._next_request_id = 1
         sizes = {region.page_size_bytes for region in layout.regions}
@@ -112,7 +109,9 @@ class FaultEngine:
 
     # ---- what happened -------------------------------------------------------------------------
 
-    def fault(self, key: object, pages: Sequence[PageIndex], priority: Priority, now: float) -> FaultAnswer:
+    def fault(
+        self, key: object, pages: Sequence[PageIndex], priority: Priority, now: float, who: object = None
+    ) -> FaultAnswer:
         """A thread missed pages. If it has to wait, it comes back from `installed`.
 
         Args:
@@ -120,6 +119,7 @@ class FaultEngine:
             pages: that must all be present before it goes on.
             priority: VCPU or VMM.
             now: seconds.
+            who: the vCPU whose way through memory this fault belongs to, where the key does not say; None: it does.
 
         Raises:
             OverflowError: more than `EngineConfig.waiters_max` threads wait.
@@ -155,7 +155,7 @@ class FaultEngine:
                 # most one window away, and the window has just begun to shrink.
                 stats.faults_on_flight += 1
         if priority is _VCPU:
-            self._prefetch_around(key, pages[-1])
+            self._prefetch_around(key if who is None else who, pages[-1])
         return FaultAnswer(False, tuple(removed)) if removed else _WAITS
 
     def forget(self, key: object) -> None:
@@ -168,13 +168,9 @@ class FaultEngine:
         """Pages that the guest is expected to need soon: the background fetches them first, in this order.
 
         Returns:
-            False if `HINT_RUNS_MAX` hints wait already; the pages come with the rest.
+            False if too many hints wait already; the pages come with the rest.
         """
-        if len(self._hints) >= HINT_RUNS_MAX:
-            return False
-        for _, part in self.layout.split(*run):
-            self._hints.append(part)
-        return True
+        return self._order.hint(run)
 
     def removed(self, run: PageRun) -> list[PageIndex]:
         """The guest gave pages back: zero from now on.
@@ -354,13 +350,15 @@ class FaultEngine:
         """
         if not self.pages.total(_ABSENT) or now < self._background_rests_until:
             return None
-        if not self.window.allows(self._background_in_flight_bytes, len(self._waiters) > 0, now):
+        # A thread that waits for a page of the background itself is not served by holding that back.
+        demand_is_under_way = len(self._in_flight) > len(self._departures) or self.demand_waits
+        if not self.window.allows(self._background_in_flight_bytes, demand_is_under_way, now):
             return None
         if not self.rate.allows(now):
             return None
-        run, priority = self._next_hint(), Priority.HINT
-        if run is None:
-            run, priority = self._scan_background(), Priority.BACKGROUND
+        found = self._order.next_run(self.window.batch_bytes)
+        assert found is not None, "some page is absent"
+        run, priority = found
         self.pages.apply(*run, _SEND, priority)
         size_bytes = run.count * self._page_bytes(run.first)
         fetch = self._request(priority, [run], size_bytes)
@@ -402,12 +400,17 @@ class FaultEngine:
 
     # ---- within ----------------------------------------------------------------------------------
 
-    def _prefetch_around(self, key: object, page: int) -> None:
+    def _prefetch_around(self, who: object, page: int) -> None:
         region = self._only_region or self.layout.region_of_page(page)
         if region.page_size_bytes * 2 > self.config.prefetch_bytes_max:
             return
-        for run in self.neighbours.fault(key, page - region.first_page, region.page_count):
+        page -= region.first_page
+        guess = self.neighbours.fault(who, page, region.page_count)
+        for run in guess:
             self._neighbour_runs.append(PageRun(PageIndex(run.first + region.first_page), run.count))
+        edge = self.neighbours.goes_on_at(page, guess) if guess else None
+        if edge is not None and edge < region.page_count:
+            self._order.follow(region.first_page + edge, self.window.size_bytes // region.page_size_bytes)
 
     def _runs_of(self, pages: list[int]) -> list[PageRun]:
         """Pages as runs that do not cross a region border."""
@@ -472,33 +475,6 @@ class FaultEngine:
                 self.pages.apply(page, 1, _ARRIVE)
                 installs.append(Install(PageRun(PageIndex(page), 1), -1))
             first = page + 1
-
-    def _next_hint(self) -> PageRun | None:
-        """The first absent pages of the first hint that has any, at most a batch."""
-        while self._hints:
-            run = self._hints.popleft()
-            absent = self.pages.next_absent(run.first, run.end, self._batch_pages(run.first))
-            if absent is None:
-                continue
-            if absent.end < run.end:
-                self._hints.appendleft(PageRun(PageIndex(absent.end), run.end - absent.end))
-            return absent
-        return None
-
-    def _scan_background(self) -> PageRun:
-        """The next absent run after the cursor, wrapping round; never across a region border. There is one."""
-        pages_max = max(1, self.window.batch_bytes // SMALLEST_PAGE_BYTES)
-        run = self.pages.next_absent(self._background_cursor, self.layout.page_count, pages_max)
-        if run is None:
-            run = self.pages.next_absent(0, self._background_cursor, pages_max)
-        assert run is not None
-        region = self.layout.region_of_page(run.first)
-        count = min(run.count, region.end_page - run.first, self._batch_pages(run.first))
-        self._background_cursor = (run.first + count) % self.layout.page_count
-        return PageRun(run.first, count)
-
-    def _batch_pages(self, page: int) -> int:
-        return max(1, self.window.batch_bytes // self._page_bytes(page))
 
     def _page_bytes(self, page: int) -> int:
         return self._only_page_bytes or self.layout.region_of_page(page).page_size_bytes

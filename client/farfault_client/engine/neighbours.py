@@ -97,6 +97,16 @@ class NeighbourPrefetch:
             return self._guess(page, _Stream(stride, page, 0, self._faults), page_count)
         return []
 
+    def goes_on_at(self, page: int, guess: list[PageRun]) -> int | None:
+        """Where a guest is expected that faulted on `page` and got this guess of `fault`.
+
+        Returns:
+            None unless the guess is as long as they get, and upwards: the guest goes through its memory in order.
+        """
+        if len(guess) == 1 and guess[0].count == self.depth_max_pages > 1 and guess[0].first > page:
+            return guess[0].end
+        return None
+
     def _guess(self, page: int, stream: _Stream, page_count: int) -> list[PageRun]:
         """Asks for the pages from the stream's edge on, and moves the edge behind them."""
         stride = stream.stride

@@ -323,7 +323,7 @@ class Pager:
             return
         is_vcpu = self._is_vcpu(fault.thread_id)
         self.stats.count("uffd_vcpu" if is_vcpu else "uffd_vmm")
-        self._fault(PageKey(page), [page], Priority.VCPU if is_vcpu else Priority.VMM)
+        self._fault(PageKey(page), [page], Priority.VCPU if is_vcpu else Priority.VMM, who=fault.thread_id)
 
     def _is_vcpu(self, thread_id: int) -> bool:
         assert self._vmm is not None
@@ -341,15 +341,20 @@ class Pager:
             self._leave_out(run)
 
     def _fault(
-        self, key: VcpuKey | PageKey, pages: list[PageIndex], priority: Priority, since: float | None = None
+        self,
+        key: VcpuKey | PageKey,
+        pages: list[PageIndex],
+        priority: Priority,
+        since: float | None = None,
+        who: int | None = None,
     ) -> None:
-        """A thread missed pages at `since` (seconds of CLOCK_MONOTONIC; None: now)."""
+        """A thread (`who`, if the key does not say) missed pages at `since` (seconds of CLOCK_MONOTONIC; None: now)."""
         now = time.monotonic()
         since = now if since is None else min(since, now)
         for page in pages:
             if self.engine.pages.is_absent(page):
                 self.working_set.missed(page)
-        answer = self.engine.fault(key, pages, priority, since)
+        answer = self.engine.fault(key, pages, priority, since, who)
         if answer.ready:
             if isinstance(key, PageKey) and self._installer is not None:
                 # It was installed just now (EEXIST), or the guest gave it back while it was: then it reads as zero,

@@ -15,6 +15,7 @@ from farfault_client.engine import (
     Waiter,
 )
 from farfault_client.engine import engine as module
+from farfault_client.engine.neighbours import DEPTH_MAX_PAGES
 from farfault_client.engine.window import PACE_S
 from farfault_shim.layout import Layout, PageIndex, PageRun
 
@@ -320,12 +321,6 @@ def test_hints_come_first_and_in_their_order() -> None:
     assert [fetch.priority for fetch in fetches if fetch] == [Priority.HINT] * 5 + [Priority.BACKGROUND]
 
 
-def test_hints_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HINT_RUNS_MAX", 2)
-    engine = engine_of()
-    assert [engine.hint(run(page)) for page in range(3)] == [True, True, False]
-
-
 def test_background_batches_are_small_and_do_not_cross_regions() -> None:
     engine = engine_of((200 * PAGE, PAGE), (2 * HUGE, HUGE), (2 * GIANT, GIANT), (10 * PAGE, PAGE))
     engine.window.ceiling_bytes = engine.window.size_bytes = 1 << 40
@@ -359,6 +354,36 @@ def test_while_threads_wait_one_batch_goes_out_in_each_pace() -> None:
     assert engine.next_background(1.0 + PACE_S / 2) is None
     answer(engine, demand(engine))
     assert engine.next_background(1.0 + PACE_S / 2) is not None, "nobody waits any more"
+
+
+def test_who_waits_for_the_background_is_not_served_by_holding_it_back() -> None:
+    engine = engine_of((4096 * PAGE, PAGE), batch_bytes_max=64 * PAGE)
+    assert engine.next_background(1.0) is not None
+    fault(engine, "a", 5)
+    assert engine.next_demand() is None, "its page is under way in the background"
+    assert engine.next_background(1.0 + PACE_S / 2) is not None
+
+
+def test_the_background_goes_ahead_of_a_guest_that_goes_in_order() -> None:
+    engine = engine_of(((1 << 16) * PAGE, PAGE))
+    edge = 1000
+    for _ in range(4096):
+        if not engine.pages.is_present(PageIndex(edge)):
+            fault(engine, "a", edge)
+            while fetch := engine.next_demand() or engine.next_prefetch():
+                answer(engine, fetch)
+        edge += 1
+    fetch = engine.next_background(0.0)
+    assert fetch is not None
+    assert 0 <= fetch.runs[0].first - edge <= DEPTH_MAX_PAGES
+
+
+def test_faults_of_one_thread_are_one_way_whatever_their_keys() -> None:
+    engine = engine_of((4096 * PAGE, PAGE))
+    for page in range(100, 103):
+        engine.fault(("page", page), [PageIndex(page)], Priority.VCPU, 0.0, who=7)
+        answer(engine, demand(engine))
+    assert engine.next_prefetch() is not None
 
 
 def test_the_scan_wraps_round_to_what_was_lost() -> None:
