@@ -7,7 +7,7 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from farfault_client.bulk.messages import (
     DESCRIPTORS_MAX,
@@ -26,6 +26,8 @@ from farfault_client.session.lease import Lease, Peer
 
 logger = logging.getLogger(__name__)
 
+READY_TIMEOUT_S = 30.0
+"""For the bulk process to start and to connect; its own attempts end within less."""
 REPORTS_PER_WAKEUP_MAX = 8
 """Answers that are accounted for before the event loop looks at faults again: about 50 us each."""
 
@@ -115,10 +117,20 @@ class ProcessLane:
         user: see `LaneUser`.
         stats: counted into.
         streams: parallel streams over gRPC; 0: frames on a plain stream.
+        on_ready: called when the process is connected. Nothing is asked for before that, as a page that is called in
+            flight must be on its way.
     """
 
     def __init__(
-        self, host: BulkHost, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, *, streams: int
+        self,
+        host: BulkHost,
+        peer: Peer,
+        lease: Lease,
+        user: LaneUser,
+        stats: LaneStats,
+        *,
+        streams: int,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.carrier = "process" if streams else "express process"
         self._lease = lease
@@ -126,6 +138,9 @@ class ProcessLane:
         self._stats = stats
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._host = host
+        self._on_ready = on_ready
+        self._connected: asyncio.Future[None] = self._loop.create_future()
         self._socket = host.connection()
         self._blocked: list[bytes] = []
         self._loop.add_reader(self._socket.fileno(), self._readable)
@@ -141,12 +156,20 @@ class ProcessLane:
         )
         self._send(connect.pack())
 
+    @property
+    def is_ready(self) -> bool:
+        return self._connected.done()
+
     def pump(self) -> None:
-        while not self._blocked and (request := self._user.next_request(Lane.BACKGROUND)) is not None:
+        while self.is_ready and not self._blocked and (request := self._user.next_request(Lane.BACKGROUND)) is not None:
             head = bytes([MessageType.REQUEST]) + REQUEST_HEAD.pack(self._lease.generation)
             self._send(head + request.SerializeToString())
 
     async def run(self) -> None:
+        await asyncio.wait({self._connected, self._ended}, timeout=READY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not self._connected.done() and not self._ended.done():
+            self._host.close()
+            raise LaneLostError(f"the bulk process did not connect in {READY_TIMEOUT_S:g} s")
         await self._ended
 
     async def close(self) -> None:
@@ -185,6 +208,11 @@ class ProcessLane:
                 self._stats.wire_bytes += wire_bytes
                 self._stats.answers += 1
                 self._user.placed(Lane.BACKGROUND, placed)
+            elif packet[0] == MessageType.CONNECTED:
+                if not self._connected.done():
+                    self._connected.set_result(None)
+                    self._on_ready()
+                    self.pump()
             elif packet[0] == MessageType.LOST:
                 text = packet[2:].decode(errors="replace")
                 self._end(BadAnswerError(text) if packet[1] else LaneLostError(text))

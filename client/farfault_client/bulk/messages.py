@@ -46,6 +46,7 @@ class MessageType(IntEnum):
     REQUEST = 3
     PLACED = 4
     LOST = 5
+    CONNECTED = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,7 @@ class BulkProcess:
             while not self._requests.empty():
                 stream.send(self._requests.get_nowait())
             self._stream = stream
+            self._post(bytes([MessageType.CONNECTED]))
             await stream.run()
         finally:
             self._stream = None
@@ -172,6 +173,7 @@ class BulkProcess:
                     stream = call(metadata=lease.metadata())
                     group.create_task(self._send(stream))
                     group.create_task(self._receive(stream, lease))
+                self._post(bytes([MessageType.CONNECTED]))
         finally:
             await channel.close()
 

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 PREFLIGHT_ATTACH_TIMEOUT_S = 10.0
 """A preflight waits this long for a VMM to attach: it retries ten times a second."""
+LANES_TIMEOUT_S = 5.0
+"""And so long for its lanes: a move that begins before them lets the guest wait for the rest of their way."""
 ABORT_TIMEOUT_S = 20.0
 """For the source VM to run again; the page server may be out of reach."""
 
@@ -165,6 +167,8 @@ class Receiver:
                 await self._attached.wait()
         except TimeoutError:
             pass  # the check below says so
+        if not await self.session.wait_ready(LANES_TIMEOUT_S):
+            logger.warning("not all lanes are connected after %g s; faults that need them will wait", LANES_TIMEOUT_S)
         target = self.config.session.peer.target
         checks = [check("page server", self.session.connected or self.session.error is None, f"{target} answers")]
         checks += memory_checks(self.session, self._vmm)

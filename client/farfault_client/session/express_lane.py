@@ -28,6 +28,7 @@ class ExpressLane(asyncio.Protocol):
     """A `LaneDriver` on a plain stream; make one with `connect`."""
 
     carrier = "express"
+    is_ready = True
 
     def __init__(self, lease: Lease, user: LaneUser, stats: LaneStats, frame_bytes_max: int) -> None:
         self._lease = lease

@@ -32,6 +32,7 @@ class GrpcLane:
     """
 
     carrier = "grpc"
+    is_ready = True
 
     def __init__(self, lane: Lane, peer: Peer, lease: Lease, user: LaneUser, stats: LaneStats, *, streams: int) -> None:
         self._lane = lane

@@ -76,6 +76,10 @@ class LaneDriver(Protocol):
 
     carrier: str
 
+    @property
+    def is_ready(self) -> bool:
+        """Requests go out at once. Until then `pump` may do nothing, and the driver pumps by itself when it is."""
+
     def pump(self) -> None:
         """There may be something to send: asks the user, sends what it gives."""
 

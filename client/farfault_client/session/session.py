@@ -93,6 +93,7 @@ class Session:
         self._shared: SharedPages | None = None
         self._target: tuple[Target | None, Sequence[int]] = (None, ())
         self._bulk: BulkHost | None = None
+        self._ready = {lane: asyncio.Event() for lane in Lane}
         # Connections in a row that carried nothing: every second attempt leaves a lane's own port alone.
         self._fruitless = dict.fromkeys(Lane, 0)
 
@@ -190,6 +191,16 @@ class Session:
         """Faults can be fetched now."""
         return Lane.DEMAND in self._drivers
 
+    async def wait_ready(self, timeout_s: float) -> bool:
+        """Waits until requests of every lane go out at once, at most so long. Returns whether they do."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                for event in self._ready.values():
+                    await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def close(self) -> None:
         """Ends lanes and connections. The lease stays as it is."""
         for task in self._tasks:
@@ -254,6 +265,8 @@ class Session:
         self._drivers[lane] = driver
         self._changed(lane)
         try:
+            if driver.is_ready:
+                self._ready[lane].set()
             driver.pump()
             await _until_silent(driver, lane, watch)
         except grpc.aio.AioRpcError as error:
@@ -266,6 +279,7 @@ class Session:
             logger.warning("%s lane lost: %s", lane.value, error)
         finally:
             del self._drivers[lane]
+            self._ready[lane].clear()
             stats.carrier = ""
             self._changed(lane)
             watch.lane_lost(lane)
@@ -302,7 +316,8 @@ class Session:
             return GrpcLane(Lane.BACKGROUND, peer, self.lease, user, stats, streams=streams)
         if express_port:
             peer, streams = config.peer.at_port(express_port), 0
-        return ProcessLane(self._bulk_host(self._shared), peer, self.lease, user, stats, streams=streams)
+        host, on_ready = self._bulk_host(self._shared), self._ready[Lane.BACKGROUND].set
+        return ProcessLane(host, peer, self.lease, user, stats, streams=streams, on_ready=on_ready)
 
     def _port(self, kind: pb.LaneKind) -> int:
         assert self.opened is not None
