@@ -14,6 +14,8 @@ RATE_ROUNDS: Final = 6
 ours, takes a part of it."""
 EPOCH_S: Final = 2.0
 """A shortest round trip is forgotten after this: ways change."""
+SAMPLE_BYTES_MIN: Final = 256 << 10
+"""Fewer bytes in a round trip, and their rate tells how long the way is, not how much data it carries."""
 STARTUP_GROWTH: Final = 1.25
 STARTUP_ROUNDS: Final = 3
 """The way is full when the rate has not grown by `STARTUP_GROWTH` in so many round trips."""
@@ -111,7 +113,7 @@ class Way:
         came_bytes = self._delivered_bytes - departure.delivered_bytes
         came_with_data = self._data_bytes - departure.data_bytes
         self._highest[-1] = max(self._highest[-1], came_bytes / took_s)
-        if 2 * came_with_data >= came_bytes:
+        if 2 * came_with_data >= came_bytes >= SAMPLE_BYTES_MIN:
             self._is_round_with_data = True
             self._highest_with_data[-1] = max(self._highest_with_data[-1], came_with_data / took_s)
         if departure.delivered_bytes >= self._round_ends_at_bytes:

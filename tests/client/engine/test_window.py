@@ -204,6 +204,14 @@ def test_before_any_data_the_window_is_small() -> None:
     assert window.size_bytes == UNKNOWN_BYTES_MAX
 
 
+def test_a_page_that_travelled_alone_says_nothing_about_how_much_data_fits() -> None:
+    """A guest's first page, then zero pages for a while: the window must not stay at its floor."""
+    window = BackgroundWindow()
+    window.arrived(PAGE, PAGE, 0.011, window.sent(0, 0.0))
+    steady(window, 1e9, 0.010, 0.011, 0.5, zeros=True)
+    assert window.size_bytes > 4 * window.floor_bytes
+
+
 def test_it_ends_at_its_ceiling_and_begins_at_its_floor_again() -> None:
     window = BackgroundWindow()
     steady(window, 1e11, 0.025, 0.0, 1.0)
