@@ -168,7 +168,7 @@ class Receiver:
         except TimeoutError:
             pass  # the check below says so
         if not await self.session.wait_ready(LANES_TIMEOUT_S):
-            logger.warning("not all lanes are connected after %g s; faults that need them will wait", LANES_TIMEOUT_S)
+            logger.warning("not all lanes are connected after %g s; the move begins all the same", LANES_TIMEOUT_S)
         target = self.config.session.peer.target
         checks = [check("page server", self.session.connected or self.session.error is None, f"{target} answers")]
         checks += memory_checks(self.session, self._vmm)
