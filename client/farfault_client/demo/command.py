@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from farfault_cli.errors import FarfaultError, UsageError, VerificationError
 from farfault_cli.sizes import SIZE
 
 from farfault_client.demo.fault_source import FAULT_SOURCES, choose_fault_source
-from farfault_client.demo.processes import Processes
+from farfault_client.demo.processes import Processes, end_on_sigterm
 from farfault_client.demo.scene import Scene, SceneConfig, scene_folder
 from farfault_client.demo.vms import VmmKind
 from farfault_client.migrate.follow import progress_bar
@@ -68,7 +66,7 @@ def demo(
     if ram_bytes % (2 << 20) or ram_bytes < GUEST_RAM_MIN_BYTES:
         raise UsageError(f"--ram {ram_bytes} is not a multiple of 2 MiB from {GUEST_RAM_MIN_BYTES >> 20} MiB on")
     source = choose_fault_source(kind, fault_source)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the VMs end and their RAM is freed
+    end_on_sigterm()
     folder = scene_folder("farfault-demo-")
     record = folder / "move.jsonl"
     config = SceneConfig(

@@ -18,7 +18,7 @@ from farfault_client.engine.states import Priority
 HINT_RUNS_MAX: Final = 1 << 16
 """Hinted runs that wait to be fetched."""
 CURSORS_MAX: Final = 8
-"""Places that take turns; the one that was followed first is given up for another."""
+"""Places that take turns; the last in line is given up for another."""
 SMALLEST_PAGE_BYTES: Final = min(PAGE_SIZES_BYTES)
 
 
@@ -56,13 +56,15 @@ class BackgroundOrder:
             page: where it will be.
             reach_pages: a cursor that is at most so far ahead is there already; one that is so far behind catches up.
         """
+        if not self._follows:  # the first guest takes the background along from where it was
+            self._follows = True
+            self._cursors.clear()
         for index, cursor in enumerate(self._cursors):
-            if self._follows and abs(cursor - page) <= reach_pages:
+            if abs(cursor - page) <= reach_pages:
                 self._cursors[index] = max(cursor, page)
                 return
-        if not self._follows or len(self._cursors) >= CURSORS_MAX:
+        if len(self._cursors) >= CURSORS_MAX:
             self._cursors.pop()
-        self._follows = True
         self._cursors.appendleft(page)
 
     def next_run(self, batch_bytes: int) -> tuple[PageRun, Priority] | None:

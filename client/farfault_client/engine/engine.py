@@ -406,9 +406,11 @@ class FaultEngine:
             return
         page -= region.first_page
         guess = self.neighbours.fault(who, page, region.page_count)
+        if not guess:
+            return
         for run in guess:
             self._neighbour_runs.append(PageRun(PageIndex(run.first + region.first_page), run.count))
-        edge = self.neighbours.goes_on_at(page, guess) if guess else None
+        edge = self.neighbours.goes_on_at(page, guess)
         if edge is not None and edge < region.page_count:
             self._order.follow(region.first_page + edge, self.window.size_bytes // region.page_size_bytes)
 

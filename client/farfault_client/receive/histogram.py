@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import log2
+from math import ceil, log2
 from operator import add
 
 _PER_OCTAVE = 32
@@ -64,7 +63,7 @@ class LatencyHistogram:
         """The smallest bucket edge that at least `share` (0..1) of the observations do not exceed."""
         if not self.count:
             return 0.0
-        rank = max(1, math.ceil(share * self.count))
+        rank = max(1, ceil(share * self.count))
         seen = 0
         for index, count in enumerate(self._buckets):
             seen += count

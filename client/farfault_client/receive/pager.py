@@ -485,10 +485,8 @@ class Pager:
             part = parts[0]
             offset = order.data_offset
             if offset >= 0:
-                offset += base
-            if offset >= 0 and part.first > order.run.first:
                 page_size = self.layout.region_of_page(part.first).page_size_bytes
-                offset += (part.first - order.run.first) * page_size
+                offset += base + (part.first - order.run.first) * page_size
             done = self._try_install(part, data, offset)
             idle = 0 if done else idle + 1
             if idle > DRAIN_ATTEMPTS_MAX:

@@ -2,8 +2,9 @@
 #
 # Reset (or a start-up IPI) -> real mode -> 32-bit protected mode -> long mode -> CPL3, where each vCPU
 # runs `worker` for ever on its own slice of the data pages: fill them once, then verify and change each
-# of them, round after round; or, with a skew, some of them far more often than others. Nothing runs at CPL0 after that: no interrupt, no system call, no stack.
-# KVM on some hosts emulates CPL0 at about 1 MIPS, so the code before CPL3 is kept short.
+# of them, round after round; or, with a skew, some of them far more often than others. Nothing runs at
+# CPL0 after that: no interrupt, no system call, no stack. KVM on some hosts emulates CPL0 at about 1 MIPS,
+# so the code before CPL3 is kept short.
 #
 # `worker` is position independent and needs only: long mode, CPL3, RAM identity-mapped and accessible to
 # the user, RDTSC allowed (CR4.TSD clear), rdi = vCPU index, the parameter block at PARAMETERS. A VMM that

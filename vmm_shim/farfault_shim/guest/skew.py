@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 
 GOLDEN = 0x9E3779B97F4A7C15
 """Odd, so that its multiples go through every start of a round."""
@@ -71,7 +71,7 @@ class Skew:
         for number in range(self.classes):
             mask = (1 << number) - 1
             rounds, done = steps[number] >> number, steps[number] & mask
-            for index in takewhile(lambda index, mask=mask: index + mask < self.pages, range(mask + 1)):  # type: ignore[misc]
+            for index in range(min(mask + 1, self.pages - mask)):
                 is_done = ((index - rounds * GOLDEN) & mask) < done
                 found[self.page_of(index + mask)] = rounds + is_done
         return found

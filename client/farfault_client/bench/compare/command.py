@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from farfault_client.bench.compare.run import Run, play
 from farfault_client.bench.compare.scenario import Axes, Link, Mode, Scenario, order_of_modes
 from farfault_client.bench.document import replace_section
 from farfault_client.bench.machine import command_line, describe_machine
+from farfault_client.demo.processes import end_on_sigterm
 from farfault_client.demo.vms import QEMU
 from farfault_client.netsim.hosts import check_namespaces, two_hosts
 from farfault_client.options import FILE
@@ -139,7 +139,7 @@ def compare(
     Exit codes: 0 done, 1 a move failed, 2 wrong use, 3 no QEMU, no KVM or no namespaces here, 7 a guest found
     wrong memory.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that VMs and namespaces end and RAM is freed
+    end_on_sigterm()
     axes = Axes(guests, rams, vcpus, rtts, rates, links or ([Link.LOOPBACK] if quick else _usable_links()))
     _check(axes)
     scenarios = axes.every() if full else axes.star()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +27,7 @@ from farfault_client.bench.fleet.run import play
 from farfault_client.bench.machine import command_line, describe_machine
 from farfault_client.demo.command import GUEST_RAM_MIN_BYTES
 from farfault_client.demo.fault_source import FAULT_SOURCES, choose_fault_source
+from farfault_client.demo.processes import end_on_sigterm
 from farfault_client.demo.scene import SceneConfig
 from farfault_client.demo.vms import QEMU, VmmKind
 from farfault_client.options import FILE
@@ -83,7 +83,7 @@ def fleet(vms: int, ram_bytes: int, vmm: str | None, fault_source: str, as_json:
     """
     kind = VmmKind(vmm) if vmm else _default_vmm()
     _check(kind, vms, ram_bytes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the VMs end and their RAM is freed
+    end_on_sigterm()
     config = SceneConfig(
         kind, ram_bytes=ram_bytes, vcpus=1, guest=GuestKind.RANDOM, fault_source=choose_fault_source(kind, fault_source)
     )
