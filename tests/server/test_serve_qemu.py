@@ -67,13 +67,14 @@ async def qemu(tmp_path, ram):
 
 
 async def suspend(client: Client) -> pb.DeviceStateChunk:
-    size = 0
+    """The last chunk, once the call has ended: the device state is recorded by then."""
+    size, last = 0, pb.DeviceStateChunk()
     async for chunk in client.source.Suspend(pb.SuspendRequest(), metadata=client.metadata, timeout=TIMEOUT_S):
-        size += len(chunk.data)
-        if chunk.last:
-            assert size > 1000
-            return chunk
-    raise AssertionError("no last chunk")
+        assert not last.last
+        size, last = size + len(chunk.data), chunk
+    assert last.last
+    assert size > 1000
+    return last
 
 
 async def test_a_move_over_a_killed_server(qemu, ram, tmp_path):
