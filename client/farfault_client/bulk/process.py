@@ -70,17 +70,17 @@ class BulkProcess:
         self._stream: BulkStream | None = None
         self._lease: Lease | None = None
         self._carrying: asyncio.Task[None] | None = None
+        self._gone = asyncio.Event()
 
     async def run(self) -> None:
         """Until the receiver is gone."""
         loop = asyncio.get_running_loop()
-        gone: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._socket.fileno(), self._readable, gone)
-        await gone
+        loop.add_reader(self._socket.fileno(), self._readable)
+        await self._gone.wait()
         loop.remove_reader(self._socket.fileno())
         await self._stop()
 
-    def _readable(self, gone: asyncio.Future[None]) -> None:
+    def _readable(self) -> None:
         for _ in range(PACKETS_PER_WAKEUP_MAX):
             descriptors: list[int] = []
             try:
@@ -90,7 +90,7 @@ class BulkProcess:
             except OSError:
                 packet = b""
             if not packet:
-                _set_once(gone)
+                self._gone.set()
                 return
             self._told(packet[0], packet[1:], descriptors)
 
@@ -155,6 +155,9 @@ class BulkProcess:
         self._place(came.batch, came.answer, self._buffer, came.wire_bytes)
         if len(self._reports) > REPORTS_WAITING_MAX and self._stream is not None:
             self._stream.pause()
+        # The event loop comes back here for as long as bytes wait. Requests that waited for the end of such a burst
+        # would come to the page server together, and their answers back as the next burst, with a gap before it.
+        self._readable()
 
     # ---- gRPC ------------------------------------------------------------------------------------
 
@@ -258,11 +261,6 @@ class BulkProcess:
         text = explain(error, target).problem if isinstance(error, grpc.aio.AioRpcError) else str(error)
         bad = isinstance(error, BadAnswerError)
         self._post(bytes([MessageType.LOST, bad]) + text.encode()[:4096])
-
-
-def _set_once(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def main() -> None:
