@@ -40,6 +40,7 @@ REFUSAL_PAUSE_S: Final = 0.05
 
 # Bound once: looking up a member of an enum costs as much as a bytes search.
 _WANT, _SEND, _ARRIVE, _INSTALL = PageInput.WANT, PageInput.SEND, PageInput.ARRIVE, PageInput.INSTALL
+_PLACE = PageInput.PLACE
 _ABSENT, _WANTED, _IN_FLIGHT = PageState.ABSENT, PageState.WANTED, PageState.IN_FLIGHT
 _ARRIVED, _REMOVED = PageState.ARRIVED, PageState.REMOVED
 _VCPU = Priority.VCPU
@@ -267,11 +268,15 @@ class FaultEngine:
         Returns:
             As `installed`.
         """
-        self._data_bytes += run.count * self._page_bytes(run.first)
-        woken: list[Waiter] = []
-        for part in self.pages.runs(run.first, run.count, _ABSENT, _WANTED, _IN_FLIGHT, _ARRIVED):
-            woken += self.installed(part, existed=existed)
-        return woken
+        first, count = run
+        self._data_bytes += count * self._page_bytes(first)
+        fresh = self.pages.apply(first, count, _PLACE)
+        if existed:
+            self.stats.existed_pages += fresh
+        else:
+            self.stats.installed_pages += fresh
+        awaited = self._waiters.awaited(run)
+        return self._waiters.wake(page for page in awaited if self.pages.is_present(page)) if awaited else []
 
     def not_installed(self, run: PageRun) -> None:
         """Pages that `arrived` ordered could not be installed: they are fetched again."""

@@ -7,7 +7,7 @@
       └──────SEND───────┼────────────────┘ │                      │
                         └──────LOSE────────┴──────────LOSE────────┘   (LOSE_IDLE: back to ABSENT)
 
-INSTALL and REMOVE may happen to a page in any state: somebody else may have installed it, and the guest may
+INSTALL, PLACE and REMOVE may happen to a page in any state: somebody else may have installed it, and the guest may
 give it back. A pair that the table does not name is an error in the program, never ignored.
 """
 
@@ -58,7 +58,9 @@ class PageInput(IntEnum):
     """Its request was lost or refused, or it could not be installed; somebody waits for the page."""
     LOSE_IDLE = 6
     """The same, and nobody waits for it."""
-    REMOVE = 7
+    PLACE = 7
+    """Another process found it in flight and installed it, or found it present; a removal since then stands."""
+    REMOVE = 8
     """The guest gave it back (balloon, discard)."""
 
 
@@ -67,10 +69,12 @@ TRANSITIONS: Final[dict[tuple[PageState, PageInput], PageState]] = {
     (_S.ABSENT, _I.WANT): _S.WANTED,
     (_S.ABSENT, _I.SEND): _S.IN_FLIGHT,
     (_S.ABSENT, _I.INSTALL): _S.INSTALLED,
+    (_S.ABSENT, _I.PLACE): _S.INSTALLED,
     (_S.ABSENT, _I.REMOVE): _S.REMOVED,
     (_S.WANTED, _I.WANT): _S.WANTED,
     (_S.WANTED, _I.SEND): _S.IN_FLIGHT,
     (_S.WANTED, _I.INSTALL): _S.INSTALLED,
+    (_S.WANTED, _I.PLACE): _S.INSTALLED,
     (_S.WANTED, _I.REMOVE): _S.REMOVED,
     (_S.IN_FLIGHT, _I.WANT): _S.IN_FLIGHT,
     (_S.IN_FLIGHT, _I.ARRIVE): _S.ARRIVED,
@@ -78,17 +82,21 @@ TRANSITIONS: Final[dict[tuple[PageState, PageInput], PageState]] = {
     (_S.IN_FLIGHT, _I.ZERO): _S.REMOVED,
     (_S.IN_FLIGHT, _I.LOSE): _S.WANTED,
     (_S.IN_FLIGHT, _I.LOSE_IDLE): _S.ABSENT,
+    (_S.IN_FLIGHT, _I.PLACE): _S.INSTALLED,
     (_S.IN_FLIGHT, _I.REMOVE): _S.REMOVED,
     (_S.ARRIVED, _I.WANT): _S.ARRIVED,
     (_S.ARRIVED, _I.INSTALL): _S.INSTALLED,
     (_S.ARRIVED, _I.LOSE): _S.WANTED,
     (_S.ARRIVED, _I.LOSE_IDLE): _S.ABSENT,
+    (_S.ARRIVED, _I.PLACE): _S.INSTALLED,
     (_S.ARRIVED, _I.REMOVE): _S.REMOVED,
     (_S.INSTALLED, _I.WANT): _S.INSTALLED,
     (_S.INSTALLED, _I.INSTALL): _S.INSTALLED,
+    (_S.INSTALLED, _I.PLACE): _S.INSTALLED,
     (_S.INSTALLED, _I.REMOVE): _S.REMOVED,
     (_S.REMOVED, _I.WANT): _S.REMOVED,
     (_S.REMOVED, _I.INSTALL): _S.INSTALLED,
+    (_S.REMOVED, _I.PLACE): _S.REMOVED,
     (_S.REMOVED, _I.REMOVE): _S.REMOVED,
 }
 

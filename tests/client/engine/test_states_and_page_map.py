@@ -29,13 +29,13 @@ S, I = PageState, PageInput  # noqa: E741 - as the table is read
 PAIRS = [(state, page_input) for state in PageState for page_input in PageInput]
 
 EXPECTED = {
-    #              WANT         SEND         ARRIVE     INSTALL      ZERO       LOSE      LOSE_IDLE  REMOVE
-    S.ABSENT: (S.WANTED, S.IN_FLIGHT, None, S.INSTALLED, None, None, None, S.REMOVED),
-    S.WANTED: (S.WANTED, S.IN_FLIGHT, None, S.INSTALLED, None, None, None, S.REMOVED),
-    S.IN_FLIGHT: (S.IN_FLIGHT, None, S.ARRIVED, S.INSTALLED, S.REMOVED, S.WANTED, S.ABSENT, S.REMOVED),
-    S.ARRIVED: (S.ARRIVED, None, None, S.INSTALLED, None, S.WANTED, S.ABSENT, S.REMOVED),
-    S.INSTALLED: (S.INSTALLED, None, None, S.INSTALLED, None, None, None, S.REMOVED),
-    S.REMOVED: (S.REMOVED, None, None, S.INSTALLED, None, None, None, S.REMOVED),
+    #              WANT         SEND         ARRIVE     INSTALL      ZERO       LOSE      LOSE_IDLE  PLACE      REMOVE
+    S.ABSENT: (S.WANTED, S.IN_FLIGHT, None, S.INSTALLED, None, None, None, S.INSTALLED, S.REMOVED),
+    S.WANTED: (S.WANTED, S.IN_FLIGHT, None, S.INSTALLED, None, None, None, S.INSTALLED, S.REMOVED),
+    S.IN_FLIGHT: (S.IN_FLIGHT, None, S.ARRIVED, S.INSTALLED, S.REMOVED, S.WANTED, S.ABSENT, S.INSTALLED, S.REMOVED),
+    S.ARRIVED: (S.ARRIVED, None, None, S.INSTALLED, None, S.WANTED, S.ABSENT, S.INSTALLED, S.REMOVED),
+    S.INSTALLED: (S.INSTALLED, None, None, S.INSTALLED, None, None, None, S.INSTALLED, S.REMOVED),
+    S.REMOVED: (S.REMOVED, None, None, S.INSTALLED, None, None, None, S.REMOVED, S.REMOVED),
 }
 
 
