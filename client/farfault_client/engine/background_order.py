@@ -8,9 +8,10 @@ what was prefetched for it, and from then on finds its next page under way. Seve
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Final
 
-from farfault_shim.layout import PAGE_SIZES_BYTES, Layout, PageIndex, PageRun
+from farfault_shim.layout import Layout, PageIndex, PageRun
 
 from farfault_client.engine.page_map import PageMap
 from farfault_client.engine.states import Priority
@@ -19,11 +20,12 @@ HINT_RUNS_MAX: Final = 1 << 16
 """Hinted runs that wait to be fetched."""
 CURSORS_MAX: Final = 8
 """Places that take turns; the last in line is given up for another."""
-SMALLEST_PAGE_BYTES: Final = min(PAGE_SIZES_BYTES)
+RUNS_MAX: Final = 64
+"""Runs in one batch."""
 
 
 class BackgroundOrder:
-    """Chooses the next run of absent pages.
+    """Chooses the next absent pages.
 
     Args:
         layout: guest memory.
@@ -67,40 +69,59 @@ class BackgroundOrder:
             self._cursors.pop()
         self._cursors.appendleft(page)
 
-    def next_run(self, batch_bytes: int) -> tuple[PageRun, Priority] | None:
-        """The next absent pages, within one region and a batch, and HINT or BACKGROUND; None: there are none."""
-        run = self._next_hint(batch_bytes)
-        if run is not None:
-            return run, Priority.HINT
-        run = self._scan(batch_bytes)
-        return None if run is None else (run, Priority.BACKGROUND)
+    def next_runs(self, batch_bytes: int) -> Iterator[tuple[PageRun, Priority]]:
+        """The next absent pages, of one region and at most a batch, and HINT or BACKGROUND; none where none are left.
 
-    def _next_hint(self, batch_bytes: int) -> PageRun | None:
-        """The first absent pages of the first hint that has any, at most a batch."""
-        while self._hints:
-            run = self._hints.popleft()
-            absent = self._pages.next_absent(run.first, run.end, self._batch_pages(batch_bytes, run.first))
+        Where pages came by demand, those that are absent lie in short runs, and a request for each of them would cost
+        more than its pages do: a batch has up to `RUNS_MAX`. The caller gives every run its state before the next.
+        """
+        has_hint = False
+        for run in self._hinted(batch_bytes):
+            has_hint = True
+            yield run, Priority.HINT
+        if not has_hint:
+            for run in self._scanned(batch_bytes):
+                yield run, Priority.BACKGROUND
+
+    def _hinted(self, batch_bytes: int) -> Iterator[PageRun]:
+        """The first absent pages of the hints."""
+        region, pages_left, runs = None, 0, 0
+        while self._hints and runs < RUNS_MAX:
+            hint = self._hints[0]
+            its_region = self._layout.region_of_page(hint.first)
+            if not runs:
+                region, pages_left = its_region, self._batch_pages(batch_bytes, hint.first)
+            elif its_region is not region or not pages_left:
+                return
+            self._hints.popleft()
+            absent = self._pages.next_absent(hint.first, hint.end, pages_left)
             if absent is None:
                 continue
-            if absent.end < run.end:
-                self._hints.appendleft(PageRun(PageIndex(absent.end), run.end - absent.end))
-            return absent
-        return None
+            if absent.end < hint.end:
+                self._hints.appendleft(PageRun(PageIndex(absent.end), hint.end - absent.end))
+            runs += 1
+            pages_left -= absent.count
+            yield absent
 
-    def _scan(self, batch_bytes: int) -> PageRun | None:
-        """The next absent run after the cursor whose turn it is, wrapping round; never across a region border."""
+    def _scanned(self, batch_bytes: int) -> Iterator[PageRun]:
+        """The next absent runs from the cursor on whose turn it is; it wraps round before the first."""
         cursor = self._cursors.popleft()
-        pages_max = max(1, batch_bytes // SMALLEST_PAGE_BYTES)
-        run = self._pages.next_absent(cursor, self._layout.page_count, pages_max)
-        if run is None:
-            run = self._pages.next_absent(0, cursor, pages_max)
-        if run is None:
+        found = self._pages.next_absent(cursor, self._layout.page_count, 1) or self._pages.next_absent(0, cursor, 1)
+        if found is None:
             self._cursors.append(cursor)
-            return None
-        region = self._layout.region_of_page(run.first)
-        count = min(run.count, region.end_page - run.first, self._batch_pages(batch_bytes, run.first))
-        self._cursors.append((run.first + count) % self._layout.page_count)
-        return PageRun(run.first, count)
+            return
+        end = self._layout.region_of_page(found.first).end_page
+        cursor, pages_left = int(found.first), self._batch_pages(batch_bytes, found.first)
+        for _ in range(RUNS_MAX):
+            run = self._pages.next_absent(cursor, end, pages_left)
+            if run is None:
+                cursor = end
+                break
+            cursor, pages_left = run.end, pages_left - run.count
+            yield run
+            if not pages_left:
+                break
+        self._cursors.append(cursor % self._layout.page_count)
 
     def _batch_pages(self, batch_bytes: int, page: int) -> int:
         return max(1, batch_bytes // self._layout.region_of_page(page).page_size_bytes)

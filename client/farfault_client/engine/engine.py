@@ -355,18 +355,10 @@ class FaultEngine:
         """
         if not self.pages.total(_ABSENT) or now < self._background_rests_until:
             return None
-        # A thread that waits for a page of the background itself is not served by holding that back.
-        demand_is_under_way = len(self._in_flight) > len(self._departures) or self.demand_waits
-        if not self.window.allows(self._background_in_flight_bytes, demand_is_under_way, now):
+        if not self.window.allows(self._background_in_flight_bytes) or not self.rate.allows(now):
             return None
-        if not self.rate.allows(now):
-            return None
-        found = self._order.next_run(self.window.batch_bytes)
-        assert found is not None, "some page is absent"
-        run, priority = found
-        self.pages.apply(*run, _SEND, priority)
-        size_bytes = run.count * self._page_bytes(run.first)
-        fetch = self._request(priority, [run], size_bytes)
+        priority, runs, size_bytes = self._background_runs()
+        fetch = self._request(priority, runs, size_bytes)
         self._departures[fetch.request_id] = self.window.sent(self._background_in_flight_bytes, now)
         self._background_in_flight_bytes += size_bytes
         self.rate.spend(size_bytes)
@@ -418,6 +410,16 @@ class FaultEngine:
         edge = self.neighbours.goes_on_at(page, guess)
         if edge is not None and edge < region.page_count:
             self._order.follow(region.first_page + edge, self.window.size_bytes // region.page_size_bytes)
+
+    def _background_runs(self) -> tuple[Priority, list[PageRun], int]:
+        """A batch of absent pages, in flight from now on."""
+        priority, runs, pages = Priority.BACKGROUND, [], 0
+        for run, priority in self._order.next_runs(self.window.batch_bytes):
+            self.pages.apply(*run, _SEND, priority)
+            runs.append(run)
+            pages += run.count
+        assert runs, "some page is absent"
+        return priority, runs, pages * self._page_bytes(runs[0].first)
 
     def _runs_of(self, pages: list[int]) -> list[PageRun]:
         """Pages as runs that do not cross a region border."""

@@ -7,8 +7,6 @@ from typing import Final
 
 from farfault_client.engine.way import Departure, Way
 
-PACE_S: Final = 0.00025
-"""While threads wait, one background batch is sent in this time: a fault has at most one younger batch before it."""
 BATCH_S: Final = 0.001
 """A batch is as large as the way carries in this time, from `BATCH_BYTES_MIN` to what the engine allows."""
 BATCH_BYTES_MIN: Final = 64 << 10
@@ -46,18 +44,14 @@ class BackgroundWindow:
 
     def __post_init__(self) -> None:
         self._last_fault_at = float("-inf")
-        self._last_sent_at = float("-inf")
         self.lost()
 
-    def allows(self, in_flight_bytes: int, threads_wait: bool, now: float) -> bool:
-        """True if another batch may be sent at `now`."""
-        if in_flight_bytes >= self.size_bytes:
-            return False
-        return not threads_wait or now - self._last_sent_at >= PACE_S
+    def allows(self, in_flight_bytes: int) -> bool:
+        """True if another batch may be sent."""
+        return in_flight_bytes < self.size_bytes
 
     def sent(self, in_flight_bytes: int, now: float) -> Departure:
         """A background batch was sent, while so much was in flight already. `arrived` wants what this returns."""
-        self._last_sent_at = now
         return self._way.departed(in_flight_bytes, now)
 
     def fault(self, now: float) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import farfault_client.engine.background_order as module
 import pytest
-from farfault_client.engine.background_order import CURSORS_MAX, BackgroundOrder
+from farfault_client.engine.background_order import CURSORS_MAX, RUNS_MAX, BackgroundOrder
 from farfault_client.engine.page_map import PageMap
 from farfault_client.engine.states import PageInput, Priority
 from farfault_shim.layout import Layout, PageIndex, PageRun
 
-PAGE = 4096
+PAGE, HUGE = 4096, 2 << 20
 BATCH_PAGES = 8
 
 
@@ -24,17 +24,66 @@ class Memory:
         return self.next_run().first
 
     def next_run(self) -> PageRun:
-        found = self.order.next_run(BATCH_PAGES * PAGE)
-        assert found is not None
-        run, priority = found
-        self.pages.apply(*run, PageInput.SEND, priority)
+        (run,) = self.next_runs()
         return run
+
+    def next_runs(self, priority: Priority = Priority.BACKGROUND) -> list[PageRun]:
+        runs = []
+        for run, found in self.order.next_runs(BATCH_PAGES * PAGE):
+            assert found is priority
+            self.pages.apply(*run, PageInput.SEND, found)
+            runs.append(run)
+        return runs
 
 
 def test_upwards_and_round_until_nothing_is_left() -> None:
     memory = Memory(20)
     assert [memory.next_run() for _ in range(3)] == [(0, 8), (8, 8), (16, 4)]
-    assert memory.order.next_run(PAGE) is None
+    assert memory.next_runs() == []
+
+
+def test_a_batch_goes_over_pages_that_came_by_demand() -> None:
+    memory = Memory(40)
+    for page in (2, 3, 6, 9):
+        memory.pages.apply(page, 1, PageInput.INSTALL)
+    assert memory.next_runs() == [(0, 2), (4, 2), (7, 2), (10, 2)]
+    assert memory.next_runs() == [(12, 8)]
+
+
+def test_runs_of_a_batch_are_bounded() -> None:
+    memory = Memory(4 * RUNS_MAX)
+    for page in range(0, 4 * RUNS_MAX, 2):
+        memory.pages.apply(page, 1, PageInput.INSTALL)
+    assert len([*memory.order.next_runs(4 * RUNS_MAX * PAGE)]) == RUNS_MAX
+
+
+def test_a_batch_stays_in_its_region() -> None:
+    layout = Layout([(4 * PAGE, PAGE), (2 * HUGE, HUGE)])
+    pages = PageMap(layout.page_count)
+    order = BackgroundOrder(layout, pages)
+    assert [*order.next_runs(HUGE)] == [((0, 4), Priority.BACKGROUND)]
+    pages.apply(0, 4, PageInput.SEND, Priority.BACKGROUND)
+    assert [*order.next_runs(HUGE)] == [((4, 1), Priority.BACKGROUND)]
+
+
+def test_scattered_hints_share_a_batch() -> None:
+    memory = Memory()
+    for page in (500, 7, 500, 300):
+        memory.order.hint(PageRun(PageIndex(page), 1))
+    memory.order.hint(PageRun(PageIndex(40), 20))
+    assert memory.next_runs(Priority.HINT) == [(500, 1), (7, 1), (300, 1), (40, 5)]
+    assert memory.next_runs(Priority.HINT) == [(45, 8)]
+
+
+def test_hints_of_two_regions_do_not_share_a_batch() -> None:
+    layout = Layout([(4 * PAGE, PAGE), (2 * HUGE, HUGE)])
+    order = BackgroundOrder(layout, PageMap(layout.page_count))
+    for page in (3, 4, 5):
+        order.hint(PageRun(PageIndex(page), 1))
+    assert [[*order.next_runs(2 * HUGE)] for _ in range(2)] == [
+        [((3, 1), Priority.HINT)],
+        [((4, 1), Priority.HINT), ((5, 1), Priority.HINT)],
+    ]
 
 
 def test_it_goes_on_where_the_guest_goes_and_comes_round_to_the_rest() -> None:
@@ -79,8 +128,7 @@ def test_hints_come_before_the_guest_s_way() -> None:
     memory = Memory()
     memory.order.follow(100, 64)
     assert memory.order.hint(PageRun(PageIndex(500), 2))
-    found = memory.order.next_run(BATCH_PAGES * PAGE)
-    assert found == ((500, 2), Priority.HINT)
+    assert memory.next_runs(Priority.HINT) == [(500, 2)]
 
 
 def test_hints_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
