@@ -20,10 +20,11 @@ def test_a_process_and_its_children() -> None:
 def test_cpu_time_grows_by_what_was_used() -> None:
     before, busy_before = cpu_s([os.getpid()]), busy_cpu_s()
     ours = os.times()
-    while sum(os.times()[:2]) - sum(ours[:2]) < 0.05:
+    while sum(os.times()[:2]) - sum(ours[:2]) < 0.3:
         sum(range(10_000))
-    assert cpu_s([os.getpid()]) - before >= 0.04
-    assert busy_cpu_s() - busy_before >= 0.04
+    # The kernel counts in ticks, and leaves out what the hypervisor gave to others.
+    assert cpu_s([os.getpid()]) - before >= 0.2
+    assert busy_cpu_s() - busy_before >= 0.2
 
 
 def test_memory_of_a_process() -> None:

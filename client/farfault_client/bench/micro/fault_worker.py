@@ -20,7 +20,7 @@ import threading
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import monotonic_ns, perf_counter
 from typing import Final
 
 from farfault_cli.errors import FarfaultError
@@ -173,6 +173,7 @@ def _miss(link: VcpuLink, vcpu: int, index: int) -> None:
         exit_reason=EXIT_MEMORY_FAULT,
         gpa=index * 4096,
         size=4096,
+        exit_ns=monotonic_ns(),
     )
     verdict = link.ask(report, lambda: False)
     if verdict is None or verdict.verdict is not VerdictKind.RETRY:
