@@ -256,3 +256,58 @@ def test_any_requests_are_answered_once_and_right(contents, requests, batch_page
                 offset += size if extent.kind == pb.EXTENT_KIND_DATA else 0
             elif extent.kind == pb.EXTENT_KIND_IO_ERROR:
                 assert contents[extent.region][extent.first_page] is None
+
+
+# ---- the short way of a lone request --------------------------------------------------------------------
+
+
+@given(st.integers(1, 1 << 40), st.integers(0, 3), st.integers(1, 5))
+def test_a_lone_request_gets_the_same_bytes_on_the_short_way(request_id: int, number: int, priority: int) -> None:
+    region = FakeRegion([page(1), page(2), page(3), page(4)])
+    short, long = answering(region), answering(region)
+    message = request(request_id, (0, number, 1), priority=priority)
+    pieces = short.lone_pieces(message)
+    assert pieces is not None
+    long.receive(message)
+    assert b"".join(pieces) == long.next_batch()
+    assert short._stats.to_json() == long._stats.to_json()
+    assert short.next_pieces() is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        request(1, (0, 0, 2)),
+        request(1, (0, 0, 1), (0, 1, 1)),
+        request(1),
+        request(0, (0, 0, 1)),
+        request(1, (1, 0, 1)),
+        request(1, (0, 4, 1)),
+        request(1, (0, 1 << 63, 1)),
+        request(1, (0, 2, 1)),  # zero
+        request(1, (0, 3, 1)),  # cannot be read
+    ],
+)
+def test_whatever_is_not_plain_goes_the_long_way(message: bytes) -> None:
+    core = answering(FakeRegion([page(1), page(2), bytes(PAGE), None]))
+    assert core.lone_pieces(message) is None
+    assert core._stats.to_json() == LaneStats().to_json(), "nothing has happened"
+    core.receive(message)
+    assert drain(core)
+
+
+def test_a_lone_request_does_not_overtake_what_waits() -> None:
+    core = answering(FakeRegion([page(1), page(2)]))
+    core.receive(request(1, (0, 0, 1)))
+    assert core.lone_pieces(request(2, (0, 1, 1))) is None
+
+
+def test_a_lone_request_reads_nothing_of_a_running_vm() -> None:
+    core = answering(FakeRegion([page(1)]))
+    core._memory.readable = False
+    assert core.lone_pieces(request(1, (0, 0, 1))) is None
+
+
+def test_what_is_no_request_ends_the_stream() -> None:
+    with pytest.raises(DecodeError):
+        answering(FakeRegion([page(1)])).lone_pieces(b"\xff\xff")

@@ -69,12 +69,25 @@ class BelievesDone(FaultEngine):
             self._background_in_flight_bytes -= fetch.size_bytes
 
 
-class NeverYields(FaultEngine):
-    """The background goes on while threads wait."""
+class NoWindow(FaultEngine):
+    """The background asks for everything at once."""
 
     def next_background(self, now: float) -> Fetch | None:
-        self.window.sent(self.background_in_flight_bytes, float("-inf"))
-        return super().next_background(now)
+        in_flight_bytes, self._background_in_flight_bytes = self._background_in_flight_bytes, 0
+        fetch = super().next_background(now)
+        self._background_in_flight_bytes += in_flight_bytes
+        return fetch
+
+
+class TwoRequestsForAFault(FaultEngine):
+    """The short way of a fault does not tell the long way that its page was asked for."""
+
+    def lone_fault(self, key: object, page: PageIndex, priority: Priority, now: float) -> Fetch | None:
+        fetch = super().lone_fault(key, page, priority, now)
+        if fetch is not None:
+            self.pages.apply(page, 1, PageInput.LOSE)
+            self._demand[priority].add(key, page)
+        return fetch
 
 
 class BackgroundFirst(FaultEngine):
@@ -153,7 +166,9 @@ BUGS: dict[str, Parts] = {
     "forgets removals": replace(GOOD, engine=ForgetsRemovals),
     "loses faults": replace(GOOD, engine=LosesFaults),
     "believes done": replace(GOOD, engine=BelievesDone),
-    "never yields": replace(GOOD, engine=NeverYields),
+    "no window": replace(GOOD, engine=NoWindow),
+    "two requests for a fault": replace(GOOD, engine=TwoRequestsForAFault),
+    "installs a lone page that was removed meanwhile": replace(GOOD, awaits=lambda engine, fetch: True),
     "background first": replace(GOOD, engine=BackgroundFirst),
     "wakes one of two": replace(GOOD, engine=WakesEarly),
     "any length": replace(GOOD, verify=any_length),

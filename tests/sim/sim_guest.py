@@ -122,7 +122,7 @@ class Guest:
     def start(self) -> None:
         for vcpu in self.vcpus:
             self.clock.after(self.rng.random() * 0.01, lambda vcpu=vcpu: self._step(vcpu))  # type: ignore[misc]
-        for _ in range(self.rng.choice((0, 0, 1, 3))):
+        for _ in range(self.rng.choice((0, 0, 1, 3, 10))):
             self.clock.after(self.rng.random() * 0.2, self._balloon)
 
     @property
@@ -214,8 +214,11 @@ class Guest:
     # ---- the rest ---------------------------------------------------------------------------------
 
     def _balloon(self) -> None:
-        """The guest gives pages back that no vCPU waits for; they are zero from now on."""
+        """The guest gives pages back, often some that a vCPU is about to read; they are zero from now on."""
+        waited_for = [vcpu.page for vcpu in self.vcpus if vcpu.waits]
         first = self.rng.randrange(self.layout.page_count)
+        if waited_for and self.rng.random() < 0.7:
+            first = self.rng.choice(waited_for)
         run = PageRun(PageIndex(first), self.rng.randint(1, min(6, self.layout.page_count - first)))
         for page in range(run.first, run.end):
             self.expected[page] = ZEROS

@@ -18,7 +18,7 @@ from sim_bugs import BUGS
 from simulation import Outcome, replay
 
 SEEDS = int(os.environ.get("FARFAULT_SIM_SEEDS", "10000"))
-BUG_SEEDS_MAX = 300
+BUG_SEEDS_MAX = 2000
 """A planted bug shows within this many seeds."""
 PROGRAM = Path(__file__).with_name("simulation.py")
 

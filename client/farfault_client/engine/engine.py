@@ -35,6 +35,8 @@ from farfault_client.engine.window import BackgroundWindow
 
 NEIGHBOUR_RUNS_MAX: Final = 1024
 """Neighbours that wait to be fetched; the oldest are dropped, as the guest has moved on."""
+LONE_BYTES_MAX: Final = 64 << 10
+"""A larger page takes so long on its way that what its fault costs does not matter."""
 REFUSAL_PAUSE_S: Final = 0.05
 """The background lane rests this long after a refusal, so that a refusing server is not hammered."""
 
@@ -96,6 +98,7 @@ class FaultEngine:
         self.neighbours = NeighbourPrefetch(self.config.neighbour_pages_max)
         self._waiters = Waiters()
         self._demand = {Priority.VCPU: DemandQueue(), Priority.VMM: DemandQueue()}
+        self._of_vcpus, self._of_vmm = self._demand[Priority.VCPU].waiting, self._demand[Priority.VMM].waiting
         self._neighbour_runs: deque[PageRun] = deque(maxlen=NEIGHBOUR_RUNS_MAX)
         self._order = BackgroundOrder(layout, self.pages)
         self._in_flight: dict[int, Fetch] = {}
@@ -158,6 +161,60 @@ class FaultEngine:
         if priority is _VCPU:
             self._prefetch_around(key if who is None else who, pages[-1])
         return FaultAnswer(False, tuple(removed)) if removed else _WAITS
+
+    def lone_fault(self, key: object, page: PageIndex, priority: Priority, now: float) -> Fetch | None:
+        """A thread missed one page: `fault` and `next_demand` at once, in the commonest case.
+
+        Args:
+            key, page, priority, now: as of `fault`.
+
+        Returns:
+            The request to send, for this page and nothing else; say `went` when it is sent. None: it is no such case
+            (the page is large or no longer absent, other faults wait to be sent), and nothing has changed; say `fault`.
+        """
+        if not self.pages.is_absent(page) or key in self._waiters or self.demand_waits:
+            return None
+        size_bytes = self._page_bytes(page)
+        if size_bytes > LONE_BYTES_MAX or len(self._waiters) >= self.config.waiters_max:
+            return None
+        stats = self.stats
+        stats.demand_faults += 1
+        if priority is _VCPU:
+            stats.faults_of_vcpus += 1
+        else:
+            stats.faults_of_vmm += 1
+        self.pages.apply(page, 1, _SEND, priority)
+        self._waiters.add(Waiter(key, priority, now, (page,)), {page})
+        return self._request(priority, [PageRun(page, 1)], size_bytes)
+
+    def went(self, who: object, page: PageIndex, priority: Priority, now: float) -> bool:
+        """The request of a `lone_fault` is on its way.
+
+        Args:
+            who, page, priority, now: as of `fault`.
+
+        Returns:
+            True if `next_prefetch` has something now.
+        """
+        self.window.fault(now)
+        if priority is _VCPU:
+            self._prefetch_around(who, page)
+        return bool(self._neighbour_runs)
+
+    def awaits(self, request_id: int, page: PageIndex) -> bool:
+        """A request is under way, and a page that came for it may be installed at once; then `lone_installed`."""
+        return request_id in self._in_flight and self.pages.state(page) is _IN_FLIGHT
+
+    def lone_installed(self, request_id: int, page: PageIndex) -> list[Waiter]:
+        """The page of a `lone_fault` came and is in guest memory: `arrived` and `installed` at once.
+
+        Returns:
+            As `installed`.
+        """
+        del self._in_flight[request_id]
+        self._data_bytes += self._page_bytes(page)
+        self.stats.installed_pages += self.pages.apply(page, 1, _INSTALL)
+        return self._waiters.wake((page,)) if self._waiters.is_awaited(page) else []  # a kick may have come in between
 
     def forget(self, key: object) -> None:
         """A thread no longer waits (a kick, or it is gone). Its pages are fetched all the same."""
@@ -384,7 +441,7 @@ class FaultEngine:
     @property
     def demand_waits(self) -> bool:
         """`next_demand` may have a request: after a loss, or an answer that left awaited pages out."""
-        return any(queue.waiting for queue in self._demand.values())
+        return bool(self._of_vcpus or self._of_vmm)
 
     @property
     def requests_in_flight(self) -> int:

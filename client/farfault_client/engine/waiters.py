@@ -74,6 +74,10 @@ class Waiters:
             return None
         return min((self._waiters[key][0] for key in keys), key=lambda waiter: waiter.priority)
 
+    def is_awaited(self, page: int) -> bool:
+        """Somebody waits for a page."""
+        return page in self._keys_of_page
+
     def awaited(self, run: PageRun) -> list[int]:
         """The pages of a run that somebody waits for, in order. Looks at the run or at the waiters, the fewer."""
         pages = self._keys_of_page

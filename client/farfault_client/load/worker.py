@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
+from farfault_client.engine import Fetch
 from farfault_client.load.background import BackgroundPull
 from farfault_client.load.faults import Ending, FaultLoad
 from farfault_client.load.plan import (
@@ -94,6 +96,9 @@ class Connection:
         if load is not None:
             load.answered(self._index, answer, now_s())
             self._worker.go_on()
+
+    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
+        return False  # every request is given out by `next_request`
 
     def lane_lost(self, lane: Lane) -> None:
         load = self._worker.load

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
 from farfault_shim.attach.wire import Report, ReportKind, Slot, Verdict, VerdictKind
@@ -22,13 +23,13 @@ from farfault_shim.exits.classifier import (
     Complete,
     Escalate,
     ExitClassifier,
-    Fetch,
     PassOn,
     RawExit,
     Retry,
     SlotTable,
     Then,
 )
+from farfault_shim.exits.classifier import Fetch as FetchDecision
 from farfault_shim.exits.page_tables import TABLE_BYTES, PageTableWalk
 from farfault_shim.install.installer import (
     DrainEvents,
@@ -43,7 +44,7 @@ from farfault_shim.uffd.userfaultfd import Fault, Removed
 
 from farfault_client.bulk.messages import Target
 from farfault_client.bulk.shared_pages import SharedPages
-from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
+from farfault_client.engine import EngineConfig, FaultEngine, Fetch, Install, PageState, Priority, Waiter
 from farfault_client.engine.page_map import PageMap
 from farfault_client.metrics.slow_faults import SlowFaults
 from farfault_client.receive.digest import RamDigest
@@ -247,12 +248,12 @@ class Pager:
             return
         decision = self._classifier.classify(RawExit.of_report(report))
         match decision:
-            case Fetch(pages, then):
+            case FetchDecision(pages, then):
                 self.stats.count("mmio" if then is Then.COMPLETE_MMIO else report.address_source.name.lower())
                 verdict = VerdictKind.COMPLETE if then is Then.COMPLETE_MMIO else VerdictKind.RETRY
                 self._pending[channel.vcpu] = Pending(channel, report.seq, verdict)
                 wanted = [PageIndex(page) for run in pages for page in range(run.first, run.end)]
-                self._fault(VcpuKey(channel.vcpu), wanted, Priority.VCPU, report.exit_ns * 1e-9)
+                self._fault(VcpuKey(channel.vcpu), wanted, Priority.VCPU, report.exit_ns * 1e-9 or None)
             case Retry(gpa, size_bytes):
                 self.stats.populated += 1
                 flags = 1 if size_bytes else 0
@@ -354,6 +355,8 @@ class Pager:
         for page in pages:
             if self.engine.pages.is_absent(page):
                 self.working_set.missed(page)
+        if len(pages) == 1 and self.session.takes_pages and self._fetch_lone(key, pages[0], priority, since, now, who):
+            return
         answer = self.engine.fault(key, pages, priority, since, who)
         if answer.ready:
             if isinstance(key, PageKey) and self._installer is not None:
@@ -368,6 +371,25 @@ class Pager:
             self._install_zero(page)
         self.session.pump(Lane.DEMAND)
 
+    def _fetch_lone(
+        self,
+        key: VcpuKey | PageKey,
+        page: PageIndex,
+        priority: Priority,
+        since: float,
+        now: float,
+        who: int | None,
+    ) -> bool:
+        """The short way of most faults: what can wait is done while the request is on its way."""
+        fetch = self.engine.lone_fault(key, page, priority, since)
+        if fetch is None:
+            return False
+        self.session.fetch_page(fetch)
+        self._in_flight[Lane.DEMAND][fetch.request_id] = Sent(now, priority)
+        if self.engine.went(key if who is None else who, page, priority, since):
+            self.session.pump(Lane.DEMAND)
+        return True
+
     # ---- the session's side ----------------------------------------------------------------------
 
     def next_request(self, lane: Lane) -> pb.FetchRequest | None:
@@ -375,8 +397,8 @@ class Pager:
             fetch = self.engine.next_demand() or self.engine.next_prefetch()
         elif self.stream_background and self._installer is not None:
             fetch = self.engine.next_background(time.monotonic())
-            if fetch is None and not self.engine.finished:
-                self._ask_background_again()
+            if fetch is None and not self._in_flight[lane] and not self.engine.finished:
+                self._ask_background_again()  # else the next answer does
         else:
             fetch = None
         if fetch is None:
@@ -395,6 +417,25 @@ class Pager:
             self._install(install, answer.data, answer.data_offset)
         self._answered(lane, lost_before, answer.refusals)
 
+    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
+        """The short way of most answers. What does not go well at once goes the long one."""
+        request_id, _, ((page, _),), _ = fetch
+        if self._installer is None or not self.engine.awaits(request_id, page):
+            return False
+        now = time.monotonic()
+        if not self._installer.install_page(page, came.data):
+            return False
+        waiters = self.engine.lone_installed(request_id, page)
+        sent = self._in_flight[Lane.DEMAND].pop(request_id)
+        self._trip = Trip(sent.at, now, (came.server_queue_us + came.server_read_us) * 1e-6)
+        self._wake_all(waiters)
+        self.stats.times.answered(sent, now)
+        if self._digest is not None:
+            self._digest.installed(PageRun(page, 1), came.data)
+        self._trip = None
+        self._ask_for_more(Lane.DEMAND)
+        return True
+
     def placed(self, lane: Lane, placed: Placed) -> None:
         now = time.monotonic()
         self._note_trip(lane, placed, now)
@@ -404,7 +445,9 @@ class Pager:
                 self._digest.leave_out(run)
             elif self._digest is not None:
                 self._digest.summed(run, digest)
-            self._wake_all(self.engine.placed(run, existed=existed))
+            woken = self.engine.placed(run, existed=existed)
+            if woken:
+                self._wake_all(woken)
         if self._installer is None:
             self.engine.lost(placed.done)
             return
@@ -430,12 +473,16 @@ class Pager:
             reasons = {"LEFT_OUT"}  # a request is called done, and not all of its pages came
         if reasons:
             self._refused(reasons)
+            self._check_finished()
         else:
-            self.stats.refusals_in_a_row = 0
-            if self.engine.demand_waits:
-                self.session.pump(Lane.DEMAND)
-            if lane is Lane.BACKGROUND or not self._in_flight[Lane.BACKGROUND]:  # else its next answer does
-                self.session.pump(Lane.BACKGROUND)
+            self._ask_for_more(lane)
+
+    def _ask_for_more(self, lane: Lane) -> None:
+        self.stats.refusals_in_a_row = 0
+        if self.engine.demand_waits:
+            self.session.pump(Lane.DEMAND)
+        if lane is Lane.BACKGROUND or not self._in_flight[Lane.BACKGROUND]:  # else its next answer does
+            self.session.pump(Lane.BACKGROUND)
         self._check_finished()
 
     def _refused(self, reasons: set[str]) -> None:

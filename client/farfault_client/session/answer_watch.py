@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 
+from farfault_client.engine import Fetch
 from farfault_client.session.answers import Answer, Placed
 from farfault_client.session.lane import Lane, LaneUser
 
@@ -38,6 +40,17 @@ class AnswerWatch:
     def answered(self, lane: Lane, answer: Answer) -> None:
         self._done(answer.done)
         self._user.answered(lane, answer)
+
+    def page_sent(self, request_id: int) -> None:
+        """A request went out that the user was not asked for."""
+        self._sent_at[request_id] = self._clock()
+
+    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
+        if not self._user.page_came(fetch, came):
+            return False
+        self._answered_at = self._clock()
+        self._sent_at.pop(fetch.request_id, None)
+        return True
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         self._done(placed.done)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
+from farfault.codec import varint
+from farfault.lone_page import ExpectedPage, request_message
 from farfault.v1 import pages_pb2 as pb
 from google.protobuf.message import DecodeError
 
+from farfault_client.engine import Fetch
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.frames import FRAME_SLACK_BYTES, LENGTH, frame, hello
 from farfault_client.session.grpc_lane import read_answer
@@ -44,6 +47,7 @@ class ExpressLane(asyncio.Protocol):
         self._welcome: asyncio.Future[None] = self._loop.create_future()
         self._pump_scheduled = False
         self._unanswered = 0
+        self._expected: dict[bytes, tuple[Fetch, ExpectedPage]] = {}  # by the request id as it travels
 
     @classmethod
     async def connect(
@@ -82,6 +86,17 @@ class ExpressLane(asyncio.Protocol):
         elif not self._pump_scheduled:
             self._pump_scheduled = True
             self._loop.call_soon(self._send)
+
+    def fetch_page(self, fetch: Fetch) -> None:
+        """Sends a request for one page. An answer that brings it and nothing else is told by `LaneUser.page_came`, any
+        other as if the user had given the request to `pump`."""
+        request_id, priority, ((page, _),), size_bytes = fetch
+        region = self._lease.layout.region_of_page(page)
+        index, number = region.index, page - region.first_page
+        self._unanswered += 1
+        self._write(request_message(request_id, priority, index, number))
+        expected = ExpectedPage(request_id, index, number, size_bytes, self._lease.generation)
+        self._expected[varint(request_id)] = fetch, expected
 
     async def run(self) -> None:
         await self._ended
@@ -139,14 +154,32 @@ class ExpressLane(asyncio.Protocol):
             self._let_in(message)
             return
         self._stats.wire_bytes += LENGTH.size + len(message)
+        if self._expected and self._is_expected_page(message):
+            return
         try:
             _, answer = read_answer(message, self._lease)
         except BadAnswerError as error:
             self._end(error)
             return
         self._unanswered -= len(answer.done)
+        if self._expected:
+            for request_id in answer.done:
+                self._expected.pop(varint(request_id), None)
         self._stats.answers += 1
         self._user.answered(Lane.DEMAND, answer)
+
+    def _is_expected_page(self, message: bytes) -> bool:
+        """Deals with the answer to a `fetch_page`, if it is the common one."""
+        entry = self._expected.pop(message[2 : 2 + message[1]], None) if len(message) > 1 else None
+        if entry is None:
+            return False
+        fetch, expected = entry
+        came = expected.read(message)
+        if came is None or not self._user.page_came(fetch, came):
+            return False
+        self._unanswered -= 1
+        self._stats.answers += 1
+        return True
 
     def _let_in(self, message: bytes) -> None:
         try:

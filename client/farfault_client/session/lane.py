@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 
+from farfault_client.engine import Fetch
 from farfault_client.session.answers import Answer, Placed
 
 
@@ -63,6 +65,9 @@ class LaneUser(Protocol):
 
     def answered(self, lane: Lane, answer: Answer) -> None:
         """A verified answer. Its data is only valid during the call."""
+
+    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
+        """The verified answer to a `Session.fetch_page`. False: handle it as any other answer."""
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         """A verified answer whose pages were put into the memory that `Session.place_into` named."""

@@ -23,6 +23,7 @@ from farfault_shim.layout import Layout
 from farfault_client.bulk.lane import BulkHost, ProcessLane
 from farfault_client.bulk.messages import Target
 from farfault_client.bulk.shared_pages import SharedPages
+from farfault_client.engine import Fetch
 from farfault_client.session.answer_watch import AnswerWatch
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.backoff import backoff
@@ -85,6 +86,7 @@ class Session:
         self._on_change = on_change
         self._control: grpc.aio.Channel | None = None
         self._drivers: dict[Lane, LaneDriver] = {}
+        self._page_lane: tuple[ExpressLane, AnswerWatch] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._open_lock = asyncio.Lock()
         self._opened_at = 0.0
@@ -187,6 +189,18 @@ class Session:
             driver.pump()
 
     @property
+    def takes_pages(self) -> bool:
+        """`fetch_page` may be used now."""
+        return self._page_lane is not None
+
+    def fetch_page(self, fetch: Fetch) -> None:
+        """Sends a request for one page on the demand lane at once; see `ExpressLane.fetch_page`."""
+        assert self._page_lane is not None
+        lane, watch = self._page_lane
+        lane.fetch_page(fetch)
+        watch.page_sent(fetch.request_id)
+
+    @property
     def connected(self) -> bool:
         """Faults can be fetched now."""
         return Lane.DEMAND in self._drivers
@@ -263,6 +277,8 @@ class Session:
         stats.connects += 1
         stats.carrier = driver.carrier
         self._drivers[lane] = driver
+        if isinstance(driver, ExpressLane):
+            self._page_lane = driver, watch
         self._changed(lane)
         try:
             if driver.is_ready:
@@ -279,6 +295,8 @@ class Session:
             logger.warning("%s lane lost: %s", lane.value, error)
         finally:
             del self._drivers[lane]
+            if isinstance(driver, ExpressLane):
+                self._page_lane = None
             self._ready[lane].clear()
             stats.carrier = ""
             self._changed(lane)

@@ -27,6 +27,8 @@ WRITE_BYTES_HIGH: Final = 1 << 20
 """Answers that the client does not take pile up to this, and a batch; then its requests wait."""
 BATCHES_PER_TURN_MAX: Final = 4
 """Answers that one connection gets before others have their turn: answers of zero pages take time but no room."""
+LONE_PER_TURN_MAX: Final = 16
+"""Pages that are answered while requests are taken; more of them go to the core and share batches."""
 JOINED_BYTES_MAX: Final = 32 << 10
 """Up to this size a copy costs less than several pieces."""
 PEER_SILENCE_S: Final = 15
@@ -118,17 +120,31 @@ class ExpressConnection(asyncio.BufferedProtocol):
             self.buffer_updated(0)
 
     def _parse(self) -> None:
-        core = self._core
+        """Takes requests; plain ones for one page, before which nothing waits, are answered at once."""
+        core, lone = self._core, 0
         while core is None or not core.line.is_full:
             frame = self._frames.next_frame()
             if frame is None:
                 return
             if core is not None:
-                core.receive(frame)
+                if lone < LONE_PER_TURN_MAX and self._answer_lone(core, frame):
+                    lone += 1
+                else:
+                    core.receive(frame)
             elif not self._greet(frame):
                 return
             else:
                 core = self._core
+
+    def _answer_lone(self, core: Answering, frame: bytes) -> bool:
+        """Answers a message before which nothing waits, if it is a plain request for one page."""
+        if self._transport is None or not self._is_writable:
+            return False
+        pieces = core.lone_pieces(frame)
+        if pieces is None:
+            return False
+        self._write(self._transport, pieces)
+        return True
 
     def _answer(self) -> None:
         core, transport = self._core, self._transport
@@ -137,11 +153,14 @@ class ExpressConnection(asyncio.BufferedProtocol):
         for _ in range(BATCHES_PER_TURN_MAX):
             if not self._is_writable or (pieces := core.next_pieces()) is None:
                 return
-            size_bytes = sum(map(len, pieces))
-            if size_bytes > JOINED_BYTES_MAX:
-                transport.writelines((LENGTH.pack(size_bytes), *pieces))
-            else:
-                transport.write(b"".join((LENGTH.pack(size_bytes), *pieces)))
+            self._write(transport, pieces)
+
+    def _write(self, transport: asyncio.Transport, pieces: list[bytes]) -> None:
+        size_bytes = sum(map(len, pieces))
+        if size_bytes > JOINED_BYTES_MAX:
+            transport.writelines((LENGTH.pack(size_bytes), *pieces))
+        else:
+            transport.write(b"".join((LENGTH.pack(size_bytes), *pieces)))
 
     def _set_reading(self, is_reading: bool) -> None:
         if is_reading is self._is_reading or self._transport is None or self._transport.is_closing():

@@ -15,8 +15,8 @@ from farfault_client.engine import (
     Waiter,
 )
 from farfault_client.engine import engine as module
+from farfault_client.engine.background_order import RUNS_MAX
 from farfault_client.engine.neighbours import DEPTH_MAX_PAGES
-from farfault_client.engine.window import PACE_S
 from farfault_shim.layout import Layout, PageIndex, PageRun
 
 PAGE, HUGE, GIANT = 4096, 2 << 20, 1 << 30
@@ -309,16 +309,13 @@ def test_hints_come_first_and_in_their_order() -> None:
     engine.present(run(51))
     for hint in (run(40, 10), run(3), run(50, 3)):
         assert engine.hint(hint)
-    fetches = [engine.next_background(0.0) for _ in range(6)]
-    assert [fetch.runs[0] for fetch in fetches if fetch] == [
-        run(40, 8),
-        run(48, 2),
-        run(3),
-        run(50),
-        run(52),
-        run(0, 3),
+    fetches = [engine.next_background(0.0) for _ in range(3)]
+    assert [fetch.runs for fetch in fetches if fetch] == [
+        (run(40, 8),),
+        (run(48, 2), run(3), run(50), run(52)),
+        (run(0, 3), run(4, 5)),
     ]
-    assert [fetch.priority for fetch in fetches if fetch] == [Priority.HINT] * 5 + [Priority.BACKGROUND]
+    assert [fetch.priority for fetch in fetches if fetch] == [Priority.HINT] * 2 + [Priority.BACKGROUND]
 
 
 def test_background_batches_are_small_and_do_not_cross_regions() -> None:
@@ -347,21 +344,76 @@ def test_the_window_bounds_what_is_in_flight() -> None:
     assert window <= engine.background_in_flight_bytes <= window + batch
 
 
-def test_while_threads_wait_one_batch_goes_out_in_each_pace() -> None:
-    engine = engine_of((4096 * PAGE, PAGE), batch_bytes_max=64 * PAGE)
-    fault(engine, "a", 4000)
-    assert engine.next_background(1.0) is not None
-    assert engine.next_background(1.0 + PACE_S / 2) is None
-    answer(engine, demand(engine))
-    assert engine.next_background(1.0 + PACE_S / 2) is not None, "nobody waits any more"
+def test_pages_that_came_by_demand_do_not_split_the_background_into_small_requests() -> None:
+    engine = engine_of((256 * PAGE, PAGE), batch_bytes_max=64 * PAGE)
+    for page in range(0, 128, 8):
+        fault(engine, page, page)
+    while fetch := engine.next_demand():
+        answer(engine, fetch)
+    sent = engine.next_background(0.0)
+    assert sent is not None
+    assert sent.size_bytes == 64 * PAGE
+    assert [run.count for run in sent.runs] == [7] * 9 + [1]
+    assert engine.background_in_flight_bytes == 64 * PAGE
+    answer(engine, sent)
+    assert engine.background_in_flight_bytes == 0
+    assert engine.settled_pages == 16 + 64
 
 
-def test_who_waits_for_the_background_is_not_served_by_holding_it_back() -> None:
-    engine = engine_of((4096 * PAGE, PAGE), batch_bytes_max=64 * PAGE)
-    assert engine.next_background(1.0) is not None
-    fault(engine, "a", 5)
-    assert engine.next_demand() is None, "its page is under way in the background"
-    assert engine.next_background(1.0 + PACE_S / 2) is not None
+def test_runs_of_one_background_request_are_bounded() -> None:
+    engine = engine_of((4096 * PAGE, PAGE), batch_bytes_max=1024 * PAGE)
+    for page in range(0, 1024, 2):
+        fault(engine, page, page)
+    while fetch := engine.next_demand():
+        answer(engine, fetch)
+    engine.window.batch_bytes = 1024 * PAGE
+    sent = engine.next_background(0.0)
+    assert sent is not None
+    assert len(sent.runs) == RUNS_MAX
+
+
+def test_a_lone_fault_is_a_fault_and_its_request_at_once() -> None:
+    short, long = engine_of((64 * PAGE, PAGE)), engine_of((64 * PAGE, PAGE))
+    fetch = short.lone_fault("a", PageIndex(5), Priority.VCPU, 1.0)
+    assert fetch is not None
+    assert not short.went("a", PageIndex(5), Priority.VCPU, 1.0)
+    long.fault("a", [PageIndex(5)], Priority.VCPU, 1.0)
+    assert fetch == long.next_demand()
+    assert (short.waiting, short.stats) == (long.waiting, long.stats)
+    assert short.awaits(fetch.request_id, PageIndex(5))
+    woken = short.lone_installed(fetch.request_id, PageIndex(5))
+    (order,) = long.arrived([Extent(fetch.runs[0], ExtentResult.DATA)], [fetch.request_id], 2.0)
+    assert woken == long.installed(order.run)
+    assert (short.stats, short.pages.counts()) == (long.stats, long.pages.counts())
+    assert short.requests_in_flight == 0
+
+
+def test_a_fault_that_is_not_lone_changes_nothing() -> None:
+    engine = engine_of((64 * PAGE, PAGE), waiters_max=2)
+    fault(engine, "a", 1)
+    assert engine.lone_fault("b", PageIndex(2), Priority.VCPU, 0.0) is None, "another waits to be sent"
+    demand(engine)
+    assert engine.lone_fault("b", PageIndex(1), Priority.VCPU, 0.0) is None, "it is in flight"
+    assert engine.lone_fault("a", PageIndex(2), Priority.VCPU, 0.0) is None, "the thread waits for another page"
+    assert engine.lone_fault("b", PageIndex(2), Priority.VMM, 0.0) is not None
+    assert engine.lone_fault("c", PageIndex(3), Priority.VMM, 0.0) is None, "no more threads may wait"
+    assert engine.stats.demand_faults == 2
+    assert engine.pages.total(PageState.IN_FLIGHT) == 2
+
+
+def test_a_large_page_has_no_short_way() -> None:
+    engine = engine_of((4 * HUGE, HUGE))
+    assert engine.lone_fault("a", PageIndex(1), Priority.VCPU, 0.0) is None
+
+
+def test_a_lone_page_that_was_removed_is_not_awaited() -> None:
+    engine = engine_of((64 * PAGE, PAGE))
+    fetch = engine.lone_fault("a", PageIndex(5), Priority.VCPU, 0.0)
+    assert fetch is not None
+    assert engine.removed(run(5)) == [5]
+    assert not engine.awaits(fetch.request_id, PageIndex(5))
+    engine.lost([fetch.request_id])
+    assert not engine.awaits(fetch.request_id, PageIndex(5))
 
 
 def test_the_background_goes_ahead_of_a_guest_that_goes_in_order() -> None:

@@ -45,6 +45,27 @@ class EngineMachine(RuleBasedStateMachine):
     def fault(self, key: int, pages: list[int], priority: Priority) -> None:
         self._zero(self.model.fault(key, pages, priority, self.now))
 
+    @rule(key=KEYS, page=PAGES, priority=PRIORITIES)
+    def lone_fault(self, key: int, page: int, priority: Priority) -> None:
+        self.model.lone_fault(key, page, priority, self.now)
+
+    @rule(data=st.data())
+    def lone_answer(self, data: st.DataObject) -> None:
+        lone = [
+            request_id
+            for request_id, fetch in self.model.requests.items()
+            if [part.count for part in fetch.runs] == [1]
+            and self.model.pages[fetch.runs[0].first].request_id == request_id
+            and self.model.engine.awaits(request_id, fetch.runs[0].first)
+            and fetch.priority <= Priority.VMM
+        ]
+        if lone:
+            self.model.lone_installed(self.model.requests[data.draw(st.sampled_from(lone))])
+
+    @rule(first=PAGES, count=COUNTS)
+    def somebody_else_places(self, first: int, count: int) -> None:
+        self.model.placed(run(first, min(count, self.LAYOUT.page_count - first)))
+
     @rule(key=KEYS)
     def kick(self, key: int) -> None:
         self.model.forget(key)

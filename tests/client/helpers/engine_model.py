@@ -52,6 +52,34 @@ class Model:
         self.check()
         return answer.zero_pages
 
+    def lone_fault(self, key: object, page: int, priority: Priority, now: float) -> Fetch | None:
+        """None: it goes the long way, and nothing has happened."""
+        mine = self.pages[page]
+        waits = {page for pages in self.waiters.values() for page in pages}
+        may = (
+            mine.state is PageState.ABSENT
+            and key not in self.waiters
+            and not any(self.pages[other].state is PageState.WANTED for other in waits)
+        )
+        fetch = self.sent(self.engine.lone_fault(key, PageIndex(page), priority, now))
+        if fetch is not None:
+            assert may
+            assert fetch.runs == (PageRun(PageIndex(page), 1),)
+            assert fetch.priority == mine.priority == priority
+            self.waiters[key] = {page}
+            self.priorities[key] = priority
+        self.check()
+        return fetch
+
+    def lone_installed(self, fetch: Fetch) -> set[object]:
+        """The answer to a lone fault came and was installed at once."""
+        page = fetch.runs[0].first
+        assert self.engine.awaits(fetch.request_id, page)
+        woken = {waiter.key for waiter in self.engine.lone_installed(fetch.request_id, page)}
+        del self.requests[fetch.request_id]
+        self._installed(page, 1, woken)
+        return woken
+
     def forget(self, key: object) -> None:
         self.engine.forget(key)
         self._forget(key)
@@ -134,17 +162,32 @@ class Model:
 
     def installed(self, run: PageRun, *, existed: bool = False, zero: bool = False) -> set[object]:
         woken = {waiter.key for waiter in self.engine.installed(run, existed=existed, zero=zero)}
-        for page in range(run.first, run.end):
+        self._installed(run.first, run.count, woken)
+        return woken
+
+    def placed(self, run: PageRun) -> set[object]:
+        """Another process installed what was in flight; removals since stand."""
+        pages = [page for page in range(run.first, run.end) if self.pages[page].state is not PageState.REMOVED]
+        woken = {waiter.key for waiter in self.engine.placed(run)}
+        for page in pages[:-1]:
+            self._mark_installed(page, 1)
+        self._installed(pages[-1], 1, woken) if pages else self.check()
+        return woken
+
+    def _mark_installed(self, first: int, count: int) -> None:
+        for page in range(first, first + count):
             mine = self.pages[page]
             mine.state, mine.priority = PageState.INSTALLED, 0
             for missing in self.waiters.values():
                 missing.discard(page)
+
+    def _installed(self, first: int, count: int, woken: set[object]) -> None:
+        self._mark_installed(first, count)
         free = {key for key, missing in self.waiters.items() if not missing}
         assert woken == free, "exactly those whose pages are all present are woken"
         for key in free:
             del self.waiters[key]
         self.check()
-        return woken
 
     def not_installed(self, run: PageRun) -> None:
         self.engine.not_installed(run)

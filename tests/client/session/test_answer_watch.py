@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
+from farfault_client.engine import Fetch, Priority
 from farfault_client.session.answer_watch import FORGOTTEN_MAX_S, SILENCE_MAX_S, AnswerWatch
 from farfault_client.session.answers import Answer
 from farfault_client.session.lane import Lane
+
+SPOILT = LonePage(b"", 0, 0)
 
 
 class User:
@@ -20,6 +24,10 @@ class User:
 
     def answered(self, lane: Lane, answer: Answer) -> None:
         self.told.append(answer.done)
+
+    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
+        self.told.append(fetch.request_id)
+        return came is not SPOILT
 
     def lane_lost(self, lane: Lane) -> None:
         self.told.append("lost")
@@ -81,3 +89,16 @@ def test_a_lost_lane_owes_nothing() -> None:
     clock.now += 1000
     assert watch.complaint(Lane.DEMAND) == ""
     assert user.told == ["lost"]
+
+
+def test_a_page_that_nobody_brings_is_noticed_and_one_that_came_is_not() -> None:
+    user, clock = User(), Clock()
+    watch = AnswerWatch(user, clock)
+    fetch = Fetch(7, Priority.VCPU, (), 4096)
+    watch.page_sent(7)
+    clock.now += SILENCE_MAX_S[Lane.DEMAND] + 1
+    assert not watch.page_came(fetch, SPOILT)
+    assert "no answer" in watch.complaint(Lane.DEMAND), "the answer is told again, the long way"
+    assert watch.page_came(fetch, LonePage(b"data", 0, 0))
+    assert watch.complaint(Lane.DEMAND) == ""
+    assert user.told == [7, 7]

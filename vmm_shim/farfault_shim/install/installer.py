@@ -64,6 +64,9 @@ class Installer(Protocol):
             DrainEvents, VmmGone, NoSpace: with the part that was done.
         """
 
+    def install_page(self, page: PageIndex, data: bytes) -> bool:
+        """Installs one page. False: it could not be, for whatever reason; `install` tells."""
+
     def install_zero(self, run: PageRun) -> InstallResult:
         """Installs zero pages; raises as `install`."""
 
@@ -101,7 +104,7 @@ class UffdInstaller:
         self._zeros = b""
 
     def install(self, run: PageRun, data: bytes | MappedBytes, data_offset: int) -> InstallResult:
-        region, uffd, address = self._target(run)
+        region, uffd, address = self._target(run.first)
         page_size = region.page_size_bytes
 
         def copy(done_pages: int) -> CopyResult:
@@ -111,8 +114,12 @@ class UffdInstaller:
 
         return _repeat(copy, run, page_size)
 
+    def install_page(self, page: PageIndex, data: bytes) -> bool:
+        _, uffd, address = self._target(page)
+        return uffd.copy(address, data, 0, len(data)).error == 0
+
     def install_zero(self, run: PageRun) -> InstallResult:
-        region, uffd, address = self._target(run)
+        region, uffd, address = self._target(run.first)
         page_size = region.page_size_bytes
         if page_size == BASE_PAGE_BYTES:
             return _repeat(
@@ -158,10 +165,10 @@ class UffdInstaller:
                 self._alias_uffd.unregister(ours.alias_hva, ours.size_bytes)
             self._uffd.unregister(ours.base_hva, ours.size_bytes)
 
-    def _target(self, run: PageRun) -> tuple[Region, Userfaultfd, int]:
-        region = self._layout.region_of_page(run.first)
+    def _target(self, page: PageIndex) -> tuple[Region, Userfaultfd, int]:
+        region = self._layout.region_of_page(page)
         ours: HandOverRegion = self._regions[region.index]
-        offset = (run.first - region.first_page) * region.page_size_bytes
+        offset = (page - region.first_page) * region.page_size_bytes
         if self._alias_uffd is not None:
             return region, self._alias_uffd, ours.alias_hva + offset
         return region, self._uffd, ours.base_hva + offset
@@ -241,6 +248,11 @@ class FileInstaller:
             begin = data_offset + index * region.page_size_bytes
             self._write(PageIndex(run.first + index), region, data[begin : begin + region.page_size_bytes], result)
         return result
+
+    def install_page(self, page: PageIndex, data: bytes) -> bool:
+        result = InstallResult()
+        self._write(page, self._layout.region_of_page(page), data, result)
+        return bool(result.installed)
 
     def install_zero(self, run: PageRun) -> InstallResult:
         region = self._layout.region_of_page(run.first)

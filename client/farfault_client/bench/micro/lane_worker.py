@@ -16,6 +16,7 @@ import sys
 from time import perf_counter
 from typing import Final
 
+from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import FarfaultError
 from farfault_shim.attach.wire import FaultSource, HandOver, HandOverRegion
@@ -99,18 +100,32 @@ class FetchUser:
             return self._background.next_request() if self._background else None
         if self._is_waiting or self.finished.is_set():
             return None
+        return request_of(self._next(), self._layout)
+
+    def answered(self, lane: Lane, answer: Answer) -> None:
+        self._came()
+
+    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
+        self._came()
+        return True
+
+    def _next(self) -> Fetch:
         self._is_waiting = True
         number = len(self.took_s)
         run = PageRun(PageIndex(number * STRIDE_PAGES % self._layout.page_count), 1)
         self._asked_at = perf_counter()
-        return request_of(Fetch(number + 1, Priority.VCPU, (run,), 4096), self._layout)
+        return Fetch(number + 1, Priority.VCPU, (run,), 4096)
 
-    def answered(self, lane: Lane, answer: Answer) -> None:
+    def _came(self) -> None:
+        """The next page is asked for as a pager asks for the page of a fault."""
         self.took_s.append(perf_counter() - self._asked_at)
         self._is_waiting = False
         if len(self.took_s) >= self._count:
             self.finished.set()
-        self._session.pump(Lane.DEMAND)
+        elif self._session.takes_pages:
+            self._session.fetch_page(self._next())
+        else:
+            self._session.pump(Lane.DEMAND)
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         assert self._background is not None
@@ -139,6 +154,9 @@ class BulkUser:
 
     def answered(self, lane: Lane, answer: Answer) -> None:
         raise FarfaultError("the background did not come through a process of its own")
+
+    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
+        return False  # the demand lane is not used
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         self._background.placed(placed)
