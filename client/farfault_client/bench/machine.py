@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
+from typing import Final
+
+FIRST_USE_BYTES: Final = 64 << 20
 
 
 def describe_machine() -> dict[str, str]:
@@ -15,12 +20,29 @@ def describe_machine() -> dict[str, str]:
     found = {
         "cpu": f"{os.cpu_count()} x {_first_value('/proc/cpuinfo', 'model name')}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / (1 << 30):.0f} GiB",
+        "first use of memory": _first_use(),
         "kernel": f"{platform.system()} {platform.release()}",
         "kvm": _kvm(),
         "qemu": _first_line("qemu-system-x86_64", "--version"),
         "python": platform.python_version(),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _first_use() -> str:
+    """How fast memory is written that this process has not used yet, and how fast the second time.
+
+    A virtual machine may have to wait for its hypervisor to bring it: then everything that installs pages is slow.
+    """
+    data = bytes(FIRST_USE_BYTES)
+    with mmap.mmap(-1, FIRST_USE_BYTES) as memory:
+        took_s = []
+        for _ in range(2):
+            began_at = perf_counter()
+            memory[:] = data
+            took_s.append(perf_counter() - began_at)
+    first, again = (FIRST_USE_BYTES / took / 1e9 for took in took_s)
+    return f"{first:.1f} GB/s (again: {again:.1f} GB/s)"
 
 
 def command_line(arguments: Sequence[str]) -> str:

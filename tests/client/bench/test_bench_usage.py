@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 from farfault_client.bench.compare.usage import busy_cpu_s, cpu_s, memory, tree
+from farfault_client.bench.machine import describe_machine
 
 
 def test_a_process_and_its_children() -> None:
@@ -37,3 +39,9 @@ def test_a_process_that_is_gone_counts_nothing() -> None:
     child.wait()
     assert cpu_s([child.pid]) == 0
     assert memory([child.pid]) == (0, 0, 0)
+
+
+def test_the_machine_is_described() -> None:
+    machine = describe_machine()
+    assert machine["cpu"].startswith(f"{os.cpu_count()} x")
+    assert re.fullmatch(r"\d+\.\d GB/s \(again: \d+\.\d GB/s\)", machine["first use of memory"])
