@@ -339,6 +339,8 @@ class FaultEngine:
         """Pages that `arrived` ordered could not be installed: they are fetched again."""
         for part in self.pages.runs(*run, PageState.ARRIVED):
             self._lose(part)
+            for request_id, fetch in self._in_flight.items():  # one that goes on brings them no second time
+                self._in_flight[request_id] = fetch._replace(runs=_without(fetch.runs, part))
 
     def lost(self, request_ids: Iterable[int] | None = None) -> None:
         """Requests will not be answered (the stream broke, or an answer was refused); None: all of them."""
@@ -544,3 +546,15 @@ class FaultEngine:
 
     def _page_bytes(self, page: int) -> int:
         return self._only_page_bytes or self.layout.region_of_page(page).page_size_bytes
+
+
+def _without(runs: Sequence[PageRun], left_out: PageRun) -> tuple[PageRun, ...]:
+    """Runs less the pages of another."""
+    kept: list[PageRun] = []
+    for run in runs:
+        before, after = min(run.end, left_out.first), max(run.first, left_out.end)
+        if before > run.first:
+            kept.append(PageRun(run.first, before - run.first))
+        if run.end > after:
+            kept.append(PageRun(PageIndex(after), run.end - after))
+    return tuple(kept)

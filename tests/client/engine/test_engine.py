@@ -292,6 +292,21 @@ def test_a_removal_under_a_waiting_thread_gives_it_zeros() -> None:
     assert [waiter.key for waiter in engine.installed(run(5), zero=True)] == ["a"]
 
 
+def test_a_page_that_failed_while_its_request_goes_on_is_fetched_once() -> None:
+    """The rest of the first request comes to nothing; the second for the page is still on its way."""
+    engine = engine_of((8 * PAGE, PAGE))
+    fault(engine, "a", 1)
+    first = demand(engine)
+    (order,) = engine.arrived([Extent(run(1), DATA)], [], 0.0)
+    engine.not_installed(order.run)
+    second = demand(engine)
+    assert engine.arrived([], [first.request_id], 0.0) == []
+    assert engine.next_demand() is None
+    answer(engine, second)
+    assert engine.waiting == []
+    assert engine.next_demand() is None
+
+
 def test_what_was_removed_after_it_arrived_is_not_installed() -> None:
     engine = engine_of((8 * PAGE, PAGE))
     fetch = engine.next_background(0.0)
