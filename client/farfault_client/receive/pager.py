@@ -384,8 +384,8 @@ class Pager:
         fetch = self.engine.lone_fault(key, page, priority, since)
         if fetch is None:
             return False
-        self.session.fetch_page(fetch)
         self._in_flight[Lane.DEMAND][fetch.request_id] = Sent(now, priority)
+        self.session.fetch_page(fetch)
         if self.engine.went(key if who is None else who, page, priority, since):
             self.session.pump(Lane.DEMAND)
         return True

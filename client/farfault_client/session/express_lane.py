@@ -89,7 +89,10 @@ class ExpressLane(asyncio.Protocol):
 
     def fetch_page(self, fetch: Fetch) -> None:
         """Sends a request for one page. An answer that brings it and nothing else is told by `LaneUser.page_came`, any
-        other as if the user had given the request to `pump`."""
+        other as if the user had given the request to `pump`. Where the connection has just ended the request is lost,
+        as those are that were sent: the user is told of all of them by `LaneUser.lane_lost`."""
+        if self._ended.done():
+            return  # a closed transport of uvloop's takes no bytes
         request_id, priority, ((page, _),), size_bytes = fetch
         region = self._lease.layout.region_of_page(page)
         index, number = region.index, page - region.first_page

@@ -33,6 +33,8 @@ class Transport:
         self.is_aborted = False
 
     def write(self, data: bytes) -> None:
+        if self.is_aborted:
+            raise RuntimeError("the handler is closed")  # as uvloop's does
         self.written += data
 
     def abort(self) -> None:
@@ -174,6 +176,19 @@ def test_garbage_ends_the_lane(message: bytes) -> None:
         there.lane.fetch_page(fetch(5, 20))
         there.lane.data_received(frame(message))
         with pytest.raises((BadAnswerError, LaneLostError)):
+            await there.lane.run()
+
+    asyncio.run(play())
+
+
+def test_a_page_that_is_asked_for_on_an_ended_lane_is_lost_with_it() -> None:
+    async def play() -> None:
+        there = Connection()
+        there.lane.connection_lost(ConnectionResetError("reset"))
+        written = there.transport.written
+        there.lane.fetch_page(fetch(5, 20))
+        assert there.transport.written == written
+        with pytest.raises(LaneLostError):
             await there.lane.run()
 
     asyncio.run(play())
