@@ -74,7 +74,9 @@ class BulkStream(asyncio.BufferedProtocol):
             raise LaneLostError("the page server did not let the bulk stream in") from None
 
     def send(self, message: bytes) -> None:
-        """Sends a frame."""
+        """Sends a frame; one that comes after the end is lost, as those are that were on their way."""
+        if self._ended.done():
+            return  # a closed transport of uvloop's takes no bytes
         assert self._transport is not None
         self._transport.write(frame(message))
 

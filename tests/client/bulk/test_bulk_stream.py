@@ -196,6 +196,24 @@ async def test_a_connection_may_end_in_the_middle() -> None:
             await ended(client)
 
 
+async def test_a_request_that_comes_after_the_end_is_lost_with_it() -> None:
+    class Closed:
+        """As uvloop's transport."""
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("the handler is closed")
+
+        def abort(self) -> None: ...
+
+    async with connected(Server()) as client:
+        assert client.stream is not None
+        client.stream.close()
+        client.stream._transport = Closed()  # type: ignore[assignment]
+        client.stream.send(b"late")
+        with pytest.raises(LaneLostError):
+            await ended(client)
+
+
 async def test_a_refusal_has_the_server_s_words() -> None:
     with pytest.raises(LaneLostError, match="wrong token"):
         async with connected(Server(pb.LaneWelcome(code=7, message="wrong token"))):
