@@ -22,6 +22,7 @@ def describe_machine() -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / (1 << 30):.0f} GiB",
         "first use of memory": _first_use(),
         "kernel": f"{platform.system()} {platform.release()}",
+        "tcp": _first_line_of("/proc/sys/net/ipv4/tcp_congestion_control"),
         "kvm": _kvm(),
         "qemu": _first_line("qemu-system-x86_64", "--version"),
         "python": platform.python_version(),
@@ -67,6 +68,13 @@ def _first_value(path: str, name: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def _first_line_of(path: str) -> str:
+    try:
+        return Path(path).read_text().partition("\n")[0]
+    except OSError:
+        return ""
 
 
 def _kvm() -> str:
