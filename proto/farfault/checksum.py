@@ -24,6 +24,14 @@ def _numbers(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}Q")
 
 
+def placing_seed(done_request_ids: Sequence[int], extents: Iterable[tuple[int, int, int, int]], generation: int) -> int:
+    """What the checksum of the data is seeded with; arguments as of `batch_checksum`."""
+    numbers = [generation, len(done_request_ids), *done_request_ids]
+    for extent in extents:
+        numbers += extent
+    return xxhash.xxh3_64_intdigest(_numbers(len(numbers)).pack(*numbers))
+
+
 def batch_checksum(
     done_request_ids: Sequence[int],
     extents: Iterable[tuple[int, int, int, int]],
@@ -38,10 +46,7 @@ def batch_checksum(
         generation: of the memory.
         data: the pages, in pieces.
     """
-    numbers = [generation, len(done_request_ids), *done_request_ids]
-    for extent in extents:
-        numbers += extent
-    seed = xxhash.xxh3_64_intdigest(_numbers(len(numbers)).pack(*numbers))
+    seed = placing_seed(done_request_ids, extents, generation)
     if len(data) == 1:
         return xxhash.xxh3_64_intdigest(data[0], seed)
     hashed = xxhash.xxh3_64(seed=seed)

@@ -20,12 +20,12 @@ Extent: TypeAlias = tuple[int, int, int, int]
 """``(region, first_page, page_count, kind)``; kind is a value of `pb.ExtentKind`."""
 
 DATA_TAG: Final = b"\x22"  # field 4, length-delimited
-_CHECKSUM_TAG: Final = b"\x19"  # field 3, 64-bit
-_EXTENT_TAG: Final = b"\x12"  # field 2, length-delimited
-_DONE_TAG: Final = b"\x0a"  # field 1, length-delimited: packed varints
+CHECKSUM_TAG: Final = b"\x19"  # field 3, 64-bit
+EXTENT_TAG: Final = b"\x12"  # field 2, length-delimited
+DONE_TAG: Final = b"\x0a"  # field 1, length-delimited: packed varints
 _GENERATION_TAG: Final = b"\x28"  # field 5, varint
-_QUEUE_TAG: Final = b"\x30"  # field 6, varint
-_READ_TAG: Final = b"\x38"  # field 7, varint
+QUEUE_TAG: Final = b"\x30"  # field 6, varint
+READ_TAG: Final = b"\x38"  # field 7, varint
 
 VARINT_BYTES_MAX: Final = 10
 SMALL_BATCH_BYTES: Final = 32 << 10
@@ -126,26 +126,32 @@ def encode_pieces(
     head = bytearray()
     done = b"".join([varint(request_id) for request_id in done_request_ids])
     if done:
-        head += _DONE_TAG + varint(len(done)) + done
+        head += DONE_TAG + varint(len(done)) + done
     for extent in extents:
-        body = _extent_body(extent)
-        head += _EXTENT_TAG + _SHORT[len(body)] + body
+        body = extent_body(extent)
+        head += EXTENT_TAG + _SHORT[len(body)] + body
     if checksum:
-        head += _CHECKSUM_TAG + checksum.to_bytes(8, "little")
-    tail = b""
-    if generation:
-        tail = _GENERATION_TAG + varint(generation)
-    if server_queue_us:
-        tail += _QUEUE_TAG + varint(server_queue_us)
-    if server_read_us:
-        tail += _READ_TAG + varint(server_read_us)
+        head += CHECKSUM_TAG + checksum.to_bytes(8, "little")
+    tail = generation_field(generation) + times_fields(server_queue_us, server_read_us)
     size_bytes = sum(map(len, data))
     if size_bytes:
         head += DATA_TAG + varint(size_bytes)
     return [bytes(head), *data, tail]
 
 
-def _extent_body(extent: Extent) -> bytes:
+def generation_field(generation: int) -> bytes:
+    """What follows the data of a `PageBatch`; 0 is left out."""
+    return _GENERATION_TAG + varint(generation) if generation else b""
+
+
+def times_fields(server_queue_us: int, server_read_us: int) -> bytes:
+    """The end of a `PageBatch`; a time of 0 is left out."""
+    fields = QUEUE_TAG + varint(server_queue_us) if server_queue_us else b""
+    return fields + READ_TAG + varint(server_read_us) if server_read_us else fields
+
+
+def extent_body(extent: Extent) -> bytes:
+    """An `Extent`, without its tag and length."""
     region, first_page, page_count, kind = extent
     body = b"\x08" + varint(region) if region else b""
     if first_page:

@@ -13,19 +13,25 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from farfault.codec import DATA_TAG, varint
+from farfault.checksum import placing_seed
+from farfault.codec import (
+    CHECKSUM_TAG,
+    DATA_TAG,
+    DONE_TAG,
+    EXTENT_TAG,
+    QUEUE_TAG,
+    READ_TAG,
+    extent_body,
+    generation_field,
+    varint,
+)
 from farfault.v1 import pages_pb2 as pb
 
 _DATA: Final = int(pb.EXTENT_KIND_DATA)
-_SEED: Final = struct.Struct("<7Q")
 _CHECKSUM: Final = struct.Struct("<Q")
-_CHECKSUM_TAG: Final = b"\x19"  # field 3, 64-bit
-_GENERATION_TAG: Final = b"\x28"  # field 5, varint
-_QUEUE_TAG: Final = b"\x30"  # field 6, varint
-_READ_TAG: Final = b"\x38"  # field 7, varint
 _PRIORITIES: Final = tuple(b"\x10" + varint(priority) + b"\x1a" for priority in range(16))
 """Of a request: its priority, and the tag of the range that follows."""
-_TIMES_TAGS: Final = (_QUEUE_TAG[0], _READ_TAG[0])
+_TIMES_TAGS: Final = (QUEUE_TAG[0], READ_TAG[0])
 _TIMES_BYTES_MAX: Final = 10
 """Two times in microseconds with their tags, each below 2^28: 268 s."""
 _xxh3 = xxhash.xxh3_64_intdigest
@@ -33,7 +39,7 @@ _xxh3 = xxhash.xxh3_64_intdigest
 
 def _place(region: int, page: int) -> bytes:
     """Region, first page and a count of 1, as a PageRange and an Extent have them, with their length."""
-    body = (b"\x08" + varint(region) if region else b"") + (b"\x10" + varint(page) if page else b"") + b"\x18\x01"
+    body = extent_body((region, page, 1, _DATA))
     return varint(len(body)) + body
 
 
@@ -50,31 +56,22 @@ def request_message(request_id: int, priority: int, region: int, page: int) -> b
 def _front(request_id: int, region: int, page: int) -> bytes:
     """How the answer begins, up to its checksum."""
     number = varint(request_id)
-    return b"\x0a" + varint(len(number)) + number + b"\x12" + _place(region, page)
+    return DONE_TAG + varint(len(number)) + number + EXTENT_TAG + _place(region, page)
 
 
 def _seed(generation: int, request_id: int, region: int, page: int) -> int:
     """What the checksum of the data is seeded with (`farfault.checksum`)."""
-    return _xxh3(_SEED.pack(generation, 1, request_id, region, page, 1, _DATA))
-
-
-def _generation(generation: int) -> bytes:
-    return _GENERATION_TAG + varint(generation) if generation else b""
+    return placing_seed((request_id,), ((region, page, 1, _DATA),), generation)
 
 
 def page_pieces(request_id: int, region: int, page: int, data: bytes, generation: int) -> list[bytes]:
-    """A `PageBatch` that answers such a request, in pieces that make its bytes one after the other, up to its times."""
+    """A `PageBatch` that answers such a request, in pieces that make its bytes one after the other, up to its times
+    (`farfault.codec.times_fields`)."""
     checksum = _xxh3(data, _seed(generation, request_id, region, page))
     front = _front(request_id, region, page)
     if checksum:
-        front += _CHECKSUM_TAG + _CHECKSUM.pack(checksum)
-    return [front + DATA_TAG + varint(len(data)), data, _generation(generation)]
-
-
-def times(server_queue_us: int, server_read_us: int) -> bytes:
-    """The last piece of a `PageBatch`."""
-    queue = _QUEUE_TAG + varint(server_queue_us) if server_queue_us else b""
-    return queue + _READ_TAG + varint(server_read_us) if server_read_us else queue
+        front += CHECKSUM_TAG + _CHECKSUM.pack(checksum)
+    return [front + DATA_TAG + varint(len(data)), data, generation_field(generation)]
 
 
 class LonePage(NamedTuple):
@@ -102,12 +99,12 @@ class ExpectedPage:
     __slots__ = ("_data_at", "_end_at", "_head", "_seed", "_tags", "_tail")
 
     def __init__(self, request_id: int, region: int, page: int, page_bytes: int, generation: int) -> None:
-        self._head = _front(request_id, region, page) + _CHECKSUM_TAG
+        self._head = _front(request_id, region, page) + CHECKSUM_TAG
         self._seed = _seed(generation, request_id, region, page)
         self._tags = DATA_TAG + varint(page_bytes)
         self._data_at = len(self._head) + _CHECKSUM.size + len(self._tags)
         self._end_at = self._data_at + page_bytes
-        self._tail = _generation(generation)
+        self._tail = generation_field(generation)
 
     def read(self, message: bytes) -> LonePage | None:
         """The page of an answer; None: it is something else, or damaged."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 from farfault.checksum import batch_checksum
-from farfault.codec import encode_batch
-from farfault.lone_page import ExpectedPage, LonePage, page_pieces, request_message, times
+from farfault.codec import encode_batch, times_fields
+from farfault.lone_page import ExpectedPage, LonePage, page_pieces, request_message
 from farfault.v1 import pages_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ class Place:
         return ExpectedPage(*self.asked, PAGE, self.generation)
 
     def answer(self, data: bytes = DATA, queue_us: int = 0, read_us: int = 0) -> bytes:
-        return b"".join([*page_pieces(*self.asked, data, self.generation), times(queue_us, read_us)])
+        return b"".join([*page_pieces(*self.asked, data, self.generation), times_fields(queue_us, read_us)])
 
 
 PLACES = st.builds(Place, request_id=st.integers(1, (1 << 64) - 1), region=UINT32, page=UINT64, generation=UINT64)

@@ -266,7 +266,7 @@ def test_a_lone_request_gets_the_same_bytes_on_the_short_way(request_id: int, nu
     region = FakeRegion([page(1), page(2), page(3), page(4)])
     short, long = answering(region), answering(region)
     message = request(request_id, (0, number, 1), priority=priority)
-    pieces = short.lone_pieces(message)
+    pieces = short.lone_pieces(pb.FetchRequest.FromString(message))
     assert pieces is not None
     long.receive(message)
     assert b"".join(pieces) == long.next_batch()
@@ -290,7 +290,7 @@ def test_a_lone_request_gets_the_same_bytes_on_the_short_way(request_id: int, nu
 )
 def test_whatever_is_not_plain_goes_the_long_way(message: bytes) -> None:
     core = answering(FakeRegion([page(1), page(2), bytes(PAGE), None]))
-    assert core.lone_pieces(message) is None
+    assert core.lone_pieces(pb.FetchRequest.FromString(message)) is None
     assert core._stats.to_json() == LaneStats().to_json(), "nothing has happened"
     core.receive(message)
     assert drain(core)
@@ -299,15 +299,10 @@ def test_whatever_is_not_plain_goes_the_long_way(message: bytes) -> None:
 def test_a_lone_request_does_not_overtake_what_waits() -> None:
     core = answering(FakeRegion([page(1), page(2)]))
     core.receive(request(1, (0, 0, 1)))
-    assert core.lone_pieces(request(2, (0, 1, 1))) is None
+    assert core.lone_pieces(pb.FetchRequest.FromString(request(2, (0, 1, 1)))) is None
 
 
 def test_a_lone_request_reads_nothing_of_a_running_vm() -> None:
     core = answering(FakeRegion([page(1)]))
     core._memory.readable = False
-    assert core.lone_pieces(request(1, (0, 0, 1))) is None
-
-
-def test_what_is_no_request_ends_the_stream() -> None:
-    with pytest.raises(DecodeError):
-        answering(FakeRegion([page(1)])).lone_pieces(b"\xff\xff")
+    assert core.lone_pieces(pb.FetchRequest.FromString(request(1, (0, 0, 1)))) is None

@@ -127,20 +127,21 @@ class ExpressConnection(asyncio.BufferedProtocol):
             if frame is None:
                 return
             if core is not None:
-                if lone < LONE_PER_TURN_MAX and self._answer_lone(core, frame):
+                request = pb.FetchRequest.FromString(frame)
+                if lone < LONE_PER_TURN_MAX and self._answer_lone(core, request):
                     lone += 1
                 else:
-                    core.receive(frame)
+                    core.push(request)
             elif not self._greet(frame):
                 return
             else:
                 core = self._core
 
-    def _answer_lone(self, core: Answering, frame: bytes) -> bool:
-        """Answers a message before which nothing waits, if it is a plain request for one page."""
+    def _answer_lone(self, core: Answering, request: pb.FetchRequest) -> bool:
+        """Answers a request before which nothing waits, if it is a plain one for one page."""
         if self._transport is None or not self._is_writable:
             return False
-        pieces = core.lone_pieces(frame)
+        pieces = core.lone_pieces(request)
         if pieces is None:
             return False
         self._write(self._transport, pieces)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from farfault.checksum import batch_checksum
-from farfault.codec import Extent, encode_pieces
-from farfault.lone_page import page_pieces, times
+from farfault.codec import Extent, encode_pieces, times_fields
+from farfault.lone_page import page_pieces
 from farfault.v1 import pages_pb2 as pb
 
 from farfault_server.lanes.limits import DONE_PER_BATCH_MAX, EXTENTS_PER_BATCH_MAX, READS_PER_BATCH_MAX, LaneLimits
@@ -91,21 +91,20 @@ class Answering:
         Raises:
             google.protobuf.message.DecodeError: it is no FetchRequest; the stream cannot go on.
         """
-        request = pb.FetchRequest.FromString(message)
+        self.push(pb.FetchRequest.FromString(message))
+
+    def push(self, request: pb.FetchRequest) -> None:
+        """A request has come, and waits for its turn."""
         ranges = [(item.region, item.first_page, item.page_count) for item in request.ranges]
         self.line.push(request.request_id, request.priority, ranges, self._clock_us())
         self._stats.requests += 1
 
-    def lone_pieces(self, message: bytes) -> list[bytes] | None:
-        """The answer to a message that has come while nothing else waits, if it asks for one page that has data.
+    def lone_pieces(self, request: pb.FetchRequest) -> list[bytes] | None:
+        """The answer to a request that has come while nothing else waits, if it asks for one page that has data.
 
         Returns:
-            As `next_pieces`; None: it is something else, for `receive`.
-
-        Raises:
-            google.protobuf.message.DecodeError: it is no FetchRequest; the stream cannot go on.
+            As `next_pieces`; None: it is something else, for `push`.
         """
-        request = pb.FetchRequest.FromString(message)
         ranges, memory = request.ranges, self._memory
         if len(ranges) != 1 or self.line or not memory.readable:
             return None
@@ -125,7 +124,7 @@ class Answering:
             return None
         pieces = page_pieces(request.request_id, region_id, page, data, memory.generation)
         read_us = self._clock_us() - started_us
-        pieces.append(times(0, read_us))
+        pieces.append(times_fields(0, read_us))
         stats = self._stats
         stats.requests += 1
         stats.batches += 1
