@@ -22,7 +22,7 @@ def describe_machine() -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / (1 << 30):.0f} GiB",
         "first use of memory": _first_use(),
         "kernel": f"{platform.system()} {platform.release()}",
-        "tcp": _first_line_of("/proc/sys/net/ipv4/tcp_congestion_control"),
+        "tcp": "".join(_lines("/proc/sys/net/ipv4/tcp_congestion_control")[:1]),
         "kvm": _kvm(),
         "qemu": _first_line("qemu-system-x86_64", "--version"),
         "python": platform.python_version(),
@@ -62,19 +62,16 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join(["farfault", *kept])
 
 
+def _lines(path: str) -> list[str]:
+    """Of a file of the kernel's; none where it is not there."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
 def _first_value(path: str, name: str) -> str:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
-
-
-def _first_line_of(path: str) -> str:
-    try:
-        return Path(path).read_text().partition("\n")[0]
-    except OSError:
-        return ""
+    return next((line.partition(":")[2].strip() for line in _lines(path) if line.startswith(name)), "")
 
 
 def _kvm() -> str:

@@ -44,7 +44,7 @@ REFUSAL_PAUSE_S: Final = 0.05
 _WANT, _SEND, _ARRIVE, _INSTALL = PageInput.WANT, PageInput.SEND, PageInput.ARRIVE, PageInput.INSTALL
 _PLACE = PageInput.PLACE
 _ABSENT, _WANTED, _IN_FLIGHT = PageState.ABSENT, PageState.WANTED, PageState.IN_FLIGHT
-_ARRIVED, _REMOVED = PageState.ARRIVED, PageState.REMOVED
+_REMOVED = PageState.REMOVED
 _VCPU = Priority.VCPU
 _ZERO, _REFUSED = ExtentResult.ZERO, ExtentResult.REFUSED
 _READY, _WAITS = FaultAnswer(True), FaultAnswer(False)
@@ -129,11 +129,7 @@ class FaultEngine:
             OverflowError: more than `EngineConfig.waiters_max` threads wait.
         """
         stats, page_map = self.stats, self.pages
-        stats.demand_faults += 1
-        if priority is _VCPU:
-            stats.faults_of_vcpus += 1
-        else:
-            stats.faults_of_vmm += 1
+        self._count_fault(priority)
         if key in self._waiters:
             self.forget(key)
         is_present = page_map.is_present
@@ -177,12 +173,7 @@ class FaultEngine:
         size_bytes = self._page_bytes(page)
         if size_bytes > LONE_BYTES_MAX or len(self._waiters) >= self.config.waiters_max:
             return None
-        stats = self.stats
-        stats.demand_faults += 1
-        if priority is _VCPU:
-            stats.faults_of_vcpus += 1
-        else:
-            stats.faults_of_vmm += 1
+        self._count_fault(priority)
         self.pages.apply(page, 1, _SEND, priority)
         self._waiters.add(Waiter(key, priority, now, (page,)), {page})
         return self._request(priority, [PageRun(page, 1)], size_bytes)
@@ -455,6 +446,14 @@ class FaultEngine:
         return self._background_in_flight_bytes
 
     # ---- within ----------------------------------------------------------------------------------
+
+    def _count_fault(self, priority: Priority) -> None:
+        stats = self.stats
+        stats.demand_faults += 1
+        if priority is _VCPU:
+            stats.faults_of_vcpus += 1
+        else:
+            stats.faults_of_vmm += 1
 
     def _prefetch_around(self, who: object, page: int) -> None:
         region = self._only_region or self.layout.region_of_page(page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from farfault_client.engine import Extent, ExtentResult, FaultEngine, Fetch, Install, PageState, Priority
@@ -77,7 +78,7 @@ class Model:
         assert self.engine.awaits(fetch.request_id, page)
         woken = {waiter.key for waiter in self.engine.lone_installed(fetch.request_id, page)}
         del self.requests[fetch.request_id]
-        self._installed(page, 1, woken)
+        self._installed([page], woken)
         return woken
 
     def forget(self, key: object) -> None:
@@ -162,27 +163,22 @@ class Model:
 
     def installed(self, run: PageRun, *, existed: bool = False, zero: bool = False) -> set[object]:
         woken = {waiter.key for waiter in self.engine.installed(run, existed=existed, zero=zero)}
-        self._installed(run.first, run.count, woken)
+        self._installed(range(run.first, run.end), woken)
         return woken
 
     def placed(self, run: PageRun) -> set[object]:
         """Another process installed what was in flight; removals since stand."""
         pages = [page for page in range(run.first, run.end) if self.pages[page].state is not PageState.REMOVED]
         woken = {waiter.key for waiter in self.engine.placed(run)}
-        for page in pages[:-1]:
-            self._mark_installed(page, 1)
-        self._installed(pages[-1], 1, woken) if pages else self.check()
+        self._installed(pages, woken)
         return woken
 
-    def _mark_installed(self, first: int, count: int) -> None:
-        for page in range(first, first + count):
+    def _installed(self, pages: Iterable[int], woken: set[object]) -> None:
+        for page in pages:
             mine = self.pages[page]
             mine.state, mine.priority = PageState.INSTALLED, 0
             for missing in self.waiters.values():
                 missing.discard(page)
-
-    def _installed(self, first: int, count: int, woken: set[object]) -> None:
-        self._mark_installed(first, count)
         free = {key for key, missing in self.waiters.items() if not missing}
         assert woken == free, "exactly those whose pages are all present are woken"
         for key in free:
