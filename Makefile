@@ -1,5 +1,6 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
-PYTHON ?= python3
+# Which Python the virtual environment is made of; looked for when it is made.
+PYTHON ?= $(shell tests/choose-python.sh)
 VENV   := .venv
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard proto/farfault/v1/*.proto)
@@ -52,13 +53,13 @@ bench-docs: setup
 
 # The virtual environment follows pyproject.toml.
 $(VENV)/.installed: pyproject.toml | machine
-	@echo "==> virtual environment in $(VENV)"
-	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	@python="$(PYTHON)"; echo "==> virtual environment in $(VENV), of $$python"; \
+	$$python -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 machine:
-	@PYTHON=$(PYTHON) tests/setup-machine.sh
+	@tests/setup-machine.sh
 
 native: $(VENV)/.installed
 	@$(MAKE) --no-print-directory -C vmm_shim/preload

@@ -8,8 +8,10 @@ packages=()
 need() { # need COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 || packages+=("$2")
 }
-# Debian's python3 makes virtual environments only with this package.
-${PYTHON:-python3} -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
+# The distribution's Python, the fastest there is (choose-python.sh), makes virtual environments only with this package.
+if [ -x /usr/bin/python3 ] || ! command -v python3 >/dev/null 2>&1; then
+    /usr/bin/python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
+fi
 need cc gcc
 need as binutils
 if [ "$(uname -m)" = x86_64 ]; then
