@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from farfault_shim.attach.wire import AddressSource, Slot
-from farfault_shim.exits.classifier import KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, RawExit
+from farfault_shim.attach.wire import AddressSource, Report, ReportKind, Slot
+from farfault_shim.exits.classifier import KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO
 from farfault_shim.layout import FlatOffset, Gpa, Layout, PageIndex, PageRun
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ HIGH_GPA = 1 << 32
 class Handler(Protocol):
     """Who answers the faults; a receiver, while there is one."""
 
-    def vcpu_exit(self, raw: RawExit) -> None: ...
+    def vcpu_exit(self, raw: Report) -> None: ...
     def kernel_fault(self, page: int, is_vcpu: bool) -> None: ...
     def kicked(self, vcpu: int) -> None: ...
     def events_wait(self) -> None: ...
@@ -163,13 +163,14 @@ class Guest:
         if vcpu.waits and self.rng.random() < 0.03:
             self.clock.after(self.rng.random() * 0.01, lambda: self._kick(vcpu))
 
-    def _exit(self, vcpu: Vcpu) -> RawExit:
+    def _exit(self, vcpu: Vcpu) -> Report:
         """What KVM_RUN returns: annotated, sampled, emulated, or bare with garbage in the union."""
         offset = vcpu.page * PAGE
         slot = self.slots[0] if offset < self.slots[0].size_bytes else self.slots[1]
         gpa = slot.gpa + offset - slot.offset_bytes
-        raw = RawExit(vcpu.number, -1, errno.EFAULT, 0, 0, gpa + self.rng.randrange(PAGE), 0, 0, AddressSource.NONE)
-        raw = raw._replace(exit_ns=int(self.clock.now * 1e9))
+        anywhere = gpa + self.rng.randrange(PAGE)
+        ended_ns = int(self.clock.now * 1e9)
+        raw = Report(ReportKind.EXIT, vcpu.number, 0, ret=-1, err=errno.EFAULT, gpa=anywhere, exit_ns=ended_ns)
         match self.rng.randrange(10):
             case 0:
                 return raw._replace(gpa=self.rng.getrandbits(64), size=self.rng.getrandbits(64))

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from farfault.codec import DecodedBatch, decode_batch
 from farfault_client.engine import EngineConfig, Extent, ExtentResult, FaultEngine, Fetch, PageState, Priority
 from farfault_client.session.answers import Answer, BadAnswerError, request_of, verify
+from farfault_shim.attach.wire import Report
 from farfault_shim.exits.classifier import (
     Complete,
     Escalate,
     ExitClassifier,
     PassOn,
-    RawExit,
     Retry,
     SlotTable,
 )
@@ -144,7 +144,7 @@ class Receiver:
 
     # ---- the guest's side -------------------------------------------------------------------------
 
-    def vcpu_exit(self, raw: RawExit) -> None:
+    def vcpu_exit(self, raw: Report) -> None:
         decision = self.classifier.classify(raw)
         match decision:
             case FetchDecision(pages, _):

@@ -11,20 +11,19 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
-from farfault_shim.attach.wire import Report, ReportKind, Slot, Verdict, VerdictKind
+from farfault_shim.attach.wire import AddressSource, Report, ReportKind, Slot, Verdict, VerdictKind
 from farfault_shim.exits.classifier import (
     Complete,
     Escalate,
     ExitClassifier,
     PassOn,
-    RawExit,
     Retry,
     SlotTable,
     Then,
@@ -100,7 +99,11 @@ class Pending(NamedTuple):
     verdict: VerdictKind
 
 
+# Bound once: looking up a member of an enum costs as much as a step of a fault.
 _FETCHED, _JOINED = FaultResult.FETCHED, FaultResult.JOINED
+_COMPLETE_MMIO, _COMPLETE, _RETRY = Then.COMPLETE_MMIO, VerdictKind.COMPLETE, VerdictKind.RETRY
+_VCPU, _VMM = Priority.VCPU, Priority.VMM
+_SOURCE_NAMES: Final = tuple(source.name.lower() for source in AddressSource)
 
 
 @dataclass(slots=True)
@@ -246,14 +249,13 @@ class Pager:
             retry = VerdictKind.COMPLETE if report.ret == 0 else VerdictKind.RETRY
             channel.send_verdict(Verdict(report.seq, retry))
             return
-        decision = self._classifier.classify(RawExit.of_report(report))
+        decision = self._classifier.classify(report)
         match decision:
-            case FetchDecision(pages, then):
-                self.stats.count("mmio" if then is Then.COMPLETE_MMIO else report.address_source.name.lower())
-                verdict = VerdictKind.COMPLETE if then is Then.COMPLETE_MMIO else VerdictKind.RETRY
-                self._pending[channel.vcpu] = Pending(channel, report.seq, verdict)
-                wanted = [PageIndex(page) for run in pages for page in range(run.first, run.end)]
-                self._fault(VcpuKey(channel.vcpu), wanted, Priority.VCPU, report.exit_ns * 1e-9 or None)
+            case FetchDecision(runs, then):
+                is_mmio = then is _COMPLETE_MMIO
+                self.stats.count("mmio" if is_mmio else _SOURCE_NAMES[report.address_source])
+                self._pending[channel.vcpu] = Pending(channel, report.seq, _COMPLETE if is_mmio else _RETRY)
+                self._fault(VcpuKey(channel.vcpu), _pages_of(runs), _VCPU, report.exit_ns * 1e-9 or None)
             case Retry(gpa, size_bytes):
                 self.stats.populated += 1
                 flags = 1 if size_bytes else 0
@@ -324,7 +326,7 @@ class Pager:
             return
         is_vcpu = self._is_vcpu(fault.thread_id)
         self.stats.count("uffd_vcpu" if is_vcpu else "uffd_vmm")
-        self._fault(PageKey(page), [page], Priority.VCPU if is_vcpu else Priority.VMM, who=fault.thread_id)
+        self._fault(PageKey(page), [page], _VCPU if is_vcpu else _VMM, who=fault.thread_id)
 
     def _is_vcpu(self, thread_id: int) -> bool:
         assert self._vmm is not None
@@ -606,18 +608,18 @@ class Pager:
                 self.slow_faults.ended(waiter, now)
 
     def _restart(self, waiter: Waiter) -> None:
-        match waiter.key:
-            case VcpuKey(vcpu):
-                pending = self._pending.pop(vcpu, None)
-                waited_s = time.monotonic() - waiter.since
-                self.stats.blocked_s_by_vcpu[vcpu] = self.stats.blocked_s_by_vcpu.get(vcpu, 0.0) + waited_s
-                if pending is not None:
-                    pending.channel.send_verdict(Verdict(pending.seq, pending.verdict))
-            case PageKey(page):
-                if self._installer is not None:
-                    self._installer.wake(PageRun(page, 1))
-                if self._presence:
-                    self._note_presence(page)
+        key = waiter.key
+        if isinstance(key, VcpuKey):
+            pending = self._pending.pop(key.vcpu, None)
+            if pending is not None:
+                pending.channel.send_verdict(Verdict(pending.seq, pending.verdict))
+            blocked_s, waited_s = self.stats.blocked_s_by_vcpu, time.monotonic() - waiter.since
+            blocked_s[key.vcpu] = blocked_s.get(key.vcpu, 0.0) + waited_s
+        elif isinstance(key, PageKey):
+            if self._installer is not None:
+                self._installer.wake(PageRun(key.page, 1))
+            if self._presence:
+                self._note_presence(key.page)
 
     def _note_presence(self, page: PageIndex) -> None:
         for entry in list(self._presence):
@@ -636,6 +638,12 @@ class Pager:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _pages_of(runs: Sequence[PageRun]) -> list[PageIndex]:
+    if len(runs) == 1 and runs[0].count == 1:
+        return [runs[0].first]
+    return [PageIndex(page) for run in runs for page in range(run.first, run.end)]
 
 
 def _target_of(vmm: AttachedVmm, *, with_digest: bool) -> tuple[Target, list[int]]:

@@ -17,7 +17,6 @@ from farfault_shim.exits.classifier import (
     ExitClassifier,
     Fetch,
     PassOn,
-    RawExit,
     Retry,
     SlotTable,
     Then,
@@ -155,7 +154,7 @@ class TinyReceiver:
 
     def _decide(self, report: Report) -> Verdict:
         assert self._classifier is not None
-        decision = self._classifier.classify(RawExit.of_report(report))
+        decision = self._classifier.classify(report)
         match decision:
             case Fetch(pages, then):
                 self.gpas.append(report.gpa & -PAGE_BYTES)

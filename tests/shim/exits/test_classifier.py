@@ -21,7 +21,6 @@ from farfault_shim.exits.classifier import (
     ExitClassifier,
     Fetch,
     PassOn,
-    RawExit,
     Retry,
     SlotTable,
     Then,
@@ -68,7 +67,7 @@ class Host:
         self.pages = Pages(present)
         self.classifier = ExitClassifier(LAYOUT, lambda: SlotTable(self.slots), self.pages, retries_max)
 
-    def exit(self, raw: RawExit) -> Decision:
+    def exit(self, raw: Report) -> Decision:
         return self.classifier.classify(raw)
 
 
@@ -80,20 +79,22 @@ def fault(
     flags: int = 0,
     vcpu: int = 0,
     exit_ns: int = 0,
-) -> RawExit:
+) -> Report:
     """-EFAULT with an address."""
     reason = KVM_EXIT_MEMORY_FAULT if source is AddressSource.KVM_RUN else 0
-    return RawExit(vcpu, -1, errno.EFAULT, reason, flags, gpa, size, 0xFFFF, source, exit_ns=exit_ns)
+    raw = Report(ReportKind.EXIT, vcpu, 0, source, -1, errno.EFAULT, reason, 0, flags, gpa, size, rip=0xFFFF)
+    return raw._replace(exit_ns=exit_ns)
 
 
-def bare(*, vcpu: int = 0, gpa: int = GARBAGE, exit_reason: int = 0, exit_ns: int = 0) -> RawExit:
+def bare(*, vcpu: int = 0, gpa: int = GARBAGE, exit_reason: int = 0, exit_ns: int = 0) -> Report:
     """-EFAULT without one; the union holds whatever it held."""
-    garbage = RawExit(vcpu, -1, errno.EFAULT, exit_reason, 0xFF, gpa, 1 << 40, 0xFFFF, AddressSource.NONE)
-    return garbage._replace(exit_ns=exit_ns)
+    return fault(AddressSource.NONE, gpa, 1 << 40, flags=0xFF, vcpu=vcpu, exit_ns=exit_ns)._replace(
+        exit_reason=exit_reason
+    )
 
 
-def mmio(gpa: int, mmio_len: int = 4) -> RawExit:
-    return RawExit(0, 0, 0, KVM_EXIT_MMIO, 0, gpa, 0, 0xFFFF, AddressSource.MMIO, mmio_len)
+def mmio(gpa: int, mmio_len: int = 4) -> Report:
+    return Report(ReportKind.EXIT, 0, 0, AddressSource.MMIO, 0, 0, KVM_EXIT_MMIO, mmio_len, gpa=gpa, rip=0xFFFF)
 
 
 def run(first: int, count: int = 1) -> PageRun:
@@ -205,7 +206,7 @@ def test_a_fetch_is_progress() -> None:
     ],
     ids=lambda raw: f"{raw.address_source.name}-{raw.gpa:#x}+{raw.size:#x}-{raw.flags}",
 )
-def test_somebody_elses_fault_and_nonsense_are_handed_on(raw: RawExit) -> None:
+def test_somebody_elses_fault_and_nonsense_are_handed_on(raw: Report) -> None:
     assert isinstance(Host().exit(raw), PassOn)
 
 
@@ -272,7 +273,7 @@ def test_an_emulated_access_across_two_pages_needs_both() -> None:
     "raw",
     [mmio(HOLE_GPA), mmio(0xFEC0_0000), mmio(FOREIGN.gpa), mmio(HOLE_GPA - 2), mmio(0x3000, 0), mmio(0x3000, 9)],
 )
-def test_device_memory_is_the_vmms(raw: RawExit) -> None:
+def test_device_memory_is_the_vmms(raw: Report) -> None:
     assert isinstance(Host().exit(raw), PassOn)
 
 
@@ -355,23 +356,3 @@ def test_slots_are_found_by_address() -> None:
     assert table.offset_of(HIGH_GPA + 5) == HOLE_GPA + 5
     assert table.offset_of(HIGH_GPA - 1) is None
     assert SlotTable([]).slot_of(0) is None
-
-
-def test_a_report_becomes_a_raw_exit_field_by_field() -> None:
-    report = Report(
-        ReportKind.EXIT,
-        vcpu=1,
-        seq=2,
-        address_source=AddressSource.MMIO,
-        ret=-1,
-        err=14,
-        exit_reason=39,
-        mmio_len=8,
-        flags=5,
-        gpa=6,
-        size=7,
-        rip=9,
-        exit_ns=10,
-        mmio_is_write=True,
-    )
-    assert RawExit.of_report(report) == RawExit(1, -1, 14, 39, 5, 6, 7, 9, AddressSource.MMIO, 8, True, 10)

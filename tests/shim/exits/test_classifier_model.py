@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 import hypothesis.strategies as st
-from farfault_shim.attach.wire import AddressSource, Slot
+from farfault_shim.attach.wire import AddressSource, Report, ReportKind, Slot
 from farfault_shim.exits.classifier import (
     FAULT_PAGES_MAX,
     KVM_EXIT_MEMORY_FAULT,
@@ -17,7 +17,6 @@ from farfault_shim.exits.classifier import (
     ExitClassifier,
     Fetch,
     PassOn,
-    RawExit,
     Retry,
     SlotTable,
 )
@@ -84,11 +83,11 @@ class ClassifierMachine(RuleBasedStateMachine):
         source: AddressSource,
         mmio_len: int,
     ) -> None:
-        raw = RawExit(vcpu, ret, err, exit_reason, flags, gpa, size, 0, source, mmio_len)
+        raw = Report(ReportKind.EXIT, vcpu, 0, source, ret, err, exit_reason, mmio_len, flags, gpa, size)
         decision = self.classifier.classify(raw)
         assert _shape(decision) == self._expected(raw)
 
-    def _expected(self, raw: RawExit) -> object:
+    def _expected(self, raw: Report) -> object:
         if raw.ret == 0:
             if raw.exit_reason != KVM_EXIT_MMIO or not 1 <= raw.mmio_len <= 8:
                 return "pass"

@@ -109,7 +109,15 @@ class VcpuHello(NamedTuple):
 
 
 class Report(NamedTuple):
-    """A vCPU's raw exit, as the shim saw it. `cr0` to `msrs` have values in a START only."""
+    """A vCPU's raw exit, as the shim saw it.
+
+    Attributes:
+        ret, err: what KVM_RUN returned, and errno where that is -1.
+        exit_reason: of struct kvm_run; 0: untouched.
+        flags, gpa, size: memory_fault's, or what the annotator found (`size` 0: unknown).
+        exit_ns: when it ended, CLOCK_MONOTONIC.
+        cr0, cr3, cr4, efer, msrs: of a START; 0 otherwise.
+    """
 
     kind: ReportKind
     vcpu: int

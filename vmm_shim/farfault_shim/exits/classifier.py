@@ -47,46 +47,7 @@ FAULT_PAGES_MAX: Final = 512
 BASE_PAGE_BYTES: Final = 4096
 NO_ADDRESS: Final = -1
 
-
-class RawExit(NamedTuple):
-    """A KVM_RUN result as it was reported.
-
-    Attributes:
-        ret, err: what KVM_RUN returned, and errno where that is -1.
-        exit_reason: of struct kvm_run; 0: untouched.
-        flags, gpa, size: memory_fault's, or what the annotator found (`size` 0: unknown).
-        exit_ns: when it ended, on a clock that never goes back.
-    """
-
-    vcpu: int
-    ret: int
-    err: int
-    exit_reason: int
-    flags: int
-    gpa: int
-    size: int
-    rip: int
-    address_source: AddressSource
-    mmio_len: int = 0
-    mmio_is_write: bool = False
-    exit_ns: int = 0
-
-    @classmethod
-    def of_report(cls, report: Report) -> RawExit:
-        return cls(
-            report.vcpu,
-            report.ret,
-            report.err,
-            report.exit_reason,
-            report.flags,
-            report.gpa,
-            report.size,
-            report.rip,
-            report.address_source,
-            report.mmio_len,
-            report.mmio_is_write,
-            report.exit_ns,
-        )
+_NONE, _KVM_RUN, _MMIO = AddressSource.NONE, AddressSource.KVM_RUN, AddressSource.MMIO  # looking a member up takes time
 
 
 class Then(Enum):
@@ -192,15 +153,15 @@ class ExitClassifier:
         self._retries_max = retries_max
         self._progress: dict[int, dict[int, _Progress]] = {}
 
-    def classify(self, raw: RawExit) -> Decision:
-        """Decides one exit. Keeps only the count of fruitless restarts by vCPU."""
+    def classify(self, raw: Report) -> Decision:
+        """Decides one exit, a report of kind EXIT. Keeps only the count of fruitless restarts by vCPU."""
         if raw.ret == 0:
             return self._mmio(raw) if raw.exit_reason == KVM_EXIT_MMIO else PassOn("an exit of the VMM's")
         if raw.err != errno.EFAULT:
             return PassOn(errno.errorcode.get(raw.err, f"errno {raw.err}"))
         return self._fault(raw) if _has_address(raw) else self._retry(raw, None)
 
-    def _mmio(self, raw: RawExit) -> Decision:
+    def _mmio(self, raw: Report) -> Decision:
         slots = self._slots()
         slot = slots.slot_of(raw.gpa)
         if slot is None or not 1 <= raw.mmio_len <= 8:
@@ -213,8 +174,8 @@ class ExitClassifier:
         self._progress.pop(raw.vcpu, None)
         return Fetch(absent, Then.COMPLETE_MMIO) if absent else Complete()
 
-    def _fault(self, raw: RawExit) -> Decision:
-        if raw.address_source is AddressSource.KVM_RUN:
+    def _fault(self, raw: Report) -> Decision:
+        if raw.address_source is _KVM_RUN:
             if raw.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE:
                 return PassOn("a private-memory fault")
             if raw.size == 0:
@@ -237,7 +198,7 @@ class ExitClassifier:
             return Fetch(absent, Then.RETRY)
         return self._retry(raw, slot)
 
-    def _retry(self, raw: RawExit, slot: Slot | None) -> Decision:
+    def _retry(self, raw: Report, slot: Slot | None) -> Decision:
         """Bounded restarts: a lost race or a page not yet mapped, or a bare EFAULT that nothing explains."""
         address = NO_ADDRESS if slot is None else raw.gpa & ~(BASE_PAGE_BYTES - 1)
         addresses = self._progress.setdefault(raw.vcpu, {})
@@ -280,18 +241,15 @@ class ExitClassifier:
             return BASE_PAGE_BYTES
 
 
-def _has_address(raw: RawExit) -> bool:
+def _has_address(raw: Report) -> bool:
     """False where `gpa` cannot be trusted: the union holds garbage unless `exit_reason` says what it is."""
-    match raw.address_source:
-        case AddressSource.NONE | AddressSource.MMIO:
-            return False
-        case AddressSource.KVM_RUN:
-            return raw.exit_reason == KVM_EXIT_MEMORY_FAULT
-        case _:
-            return True
+    source = raw.address_source
+    if source is _KVM_RUN:
+        return raw.exit_reason == KVM_EXIT_MEMORY_FAULT
+    return source is not _NONE and source is not _MMIO
 
 
-def _log_line(raw: RawExit, slot: Slot | None, attempts: int) -> str:
+def _log_line(raw: Report, slot: Slot | None, attempts: int) -> str:
     where = (
         "address unknown" if slot is None else f"gpa {raw.gpa:#x}, slot {slot.id} [{slot.gpa:#x}+{slot.size_bytes:#x}]"
     )
