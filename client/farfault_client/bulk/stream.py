@@ -7,6 +7,7 @@ the buffer is small enough to stay in the processor's cache.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Final, NamedTuple, cast
 
@@ -23,6 +24,9 @@ from farfault_client.session.lease import Lease, Peer
 
 CONNECT_TIMEOUT_S: Final = 10.0
 WELCOME_BYTES_MAX: Final = 4096
+WAKE_BYTES: Final = 256 << 10
+"""The rest of a frame wakes the process when so much of it has come, or all of it: on a slow link it comes in hundreds of
+pieces, and none but the last is of any use."""
 
 
 class StreamAnswer(NamedTuple):
@@ -57,6 +61,8 @@ class BulkStream(asyncio.BufferedProtocol):
         self._received = 0
         self._frame_bytes = 0  # 0: the length is being received
         self._target = self._head_view
+        self._plain_socket: socket.socket | None = None
+        self._wakes_at_bytes = 1  # SO_RCVLOWAT
         self._welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -106,6 +112,8 @@ class BulkStream(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
+        if transport.get_extra_info("ssl_object") is None:  # with TLS, some of the rest may have left the socket already
+            self._plain_socket = transport.get_extra_info("socket")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(LaneLostError(f"bulk stream: {exc or 'the page server closed it'}"))
@@ -115,7 +123,9 @@ class BulkStream(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._received += nbytes
-        if self._received < len(self._target) or self._ended.done():
+        missing = len(self._target) - self._received
+        if missing or self._ended.done():
+            self._wake_at(missing)
             return
         try:
             if self._frame_bytes:
@@ -141,8 +151,10 @@ class BulkStream(asyncio.BufferedProtocol):
         if not 0 < self._frame_bytes <= len(self._buffer):
             raise BadAnswerError(f"a frame of {self._frame_bytes} bytes, the limit is {len(self._buffer)}")
         self._target, self._received = self._buffer.view[: self._frame_bytes], 0
+        self._wake_at(self._frame_bytes)
 
     def _frame(self) -> None:
+        self._wake_at(LENGTH.size)
         body, frame_bytes = self._target, self._frame_bytes
         self._target, self._received, self._frame_bytes = self._head_view, 0, 0
         if not self._welcomed.done():
@@ -154,6 +166,13 @@ class BulkStream(asyncio.BufferedProtocol):
             raise BadAnswerError(str(error)) from None
         answer = verify(batch, self._lease.layout, self._lease.generation)
         self._on_answer(StreamAnswer(batch, answer, LENGTH.size + frame_bytes))
+
+    def _wake_at(self, missing_bytes: int) -> None:
+        """The socket is readable when so many bytes have come, or enough of them."""
+        wakes_at_bytes = min(missing_bytes, WAKE_BYTES)
+        if self._plain_socket is not None and wakes_at_bytes != self._wakes_at_bytes:
+            self._plain_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wakes_at_bytes)
+            self._wakes_at_bytes = wakes_at_bytes
 
     def _let_in(self, message: bytes) -> None:
         try:

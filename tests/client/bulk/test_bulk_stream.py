@@ -136,6 +136,22 @@ async def test_frames_come_in_any_pieces() -> None:
         assert [answer.answer.done for answer, _ in answers] == [(1,), (2,), (3,)]
 
 
+async def test_a_frame_that_comes_in_drops_wakes_it_when_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = []
+    update = BulkStream.buffer_updated
+    monkeypatch.setattr(BulkStream, "buffer_updated", lambda self, size: (updates.append(size), update(self, size)))
+    server = Server()
+    async with connected(server) as client:
+        updates.clear()
+        whole = frame(0, 15)
+        for start in range(0, len(whole), 1 << 10):
+            server.send(whole[start : start + (1 << 10)])
+            await asyncio.sleep(0.001)
+        await client.answer()
+        assert sum(updates) == len(whole)
+        assert len(updates) <= 3, "its length, what had come with that, and the rest"
+
+
 async def test_it_stands_still_while_it_is_paused() -> None:
     server = Server()
     async with connected(server) as client:
