@@ -25,7 +25,7 @@ from farfault_client.session.lease import Lease, Peer
 CONNECT_TIMEOUT_S: Final = 10.0
 WELCOME_BYTES_MAX: Final = 4096
 WAKE_BYTES: Final = 256 << 10
-"""The rest of a frame wakes the process when so much of it has come, or all of it: on a slow link it comes in hundreds of
+"""The rest of a frame wakes the process when so much of it has come, or all: on a slow link it comes in dozens of
 pieces, and none but the last is of any use."""
 
 
@@ -112,7 +112,9 @@ class BulkStream(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
-        if transport.get_extra_info("ssl_object") is None:  # with TLS, some of the rest may have left the socket already
+        if (
+            transport.get_extra_info("ssl_object") is None
+        ):  # with TLS, some of the rest may have left the socket already
             self._plain_socket = transport.get_extra_info("socket")
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -54,16 +54,6 @@ class Trip(NamedTuple):
     server_s: float
 
 
-class _Resolved(NamedTuple):
-    """Arguments of `FaultTimes.resolved`."""
-
-    priority: Priority
-    since: float
-    now: float
-    trip: Trip | None
-    result: FaultResult
-
-
 NOTED_MAX: Final = 256
 """Faults and requests that wait to be counted; a few hundred at once take a fraction of what each takes alone."""
 
@@ -77,12 +67,12 @@ class FaultTimes:
     def __init__(self) -> None:
         self._requests = {priority: LatencyHistogram() for priority in Priority}
         self._stages: dict[tuple[Priority, FaultResult], dict[Stage, LatencyHistogram]] = {}
-        self._resolved: list[_Resolved] = []
+        self._resolved: list[tuple[Priority, float, float, Trip | None, FaultResult]] = []
         self._answered: list[tuple[Sent, float]] = []
 
     def resolved(self, priority: Priority, since: float, now: float, trip: Trip | None, result: FaultResult) -> None:
         """A thread that has missed a page at `since` goes on at `now`; `trip`: the answer that brought it."""
-        self._resolved.append(_Resolved(priority, since, now, trip, result))
+        self._resolved.append((priority, since, now, trip, result))
         if len(self._resolved) >= NOTED_MAX:
             self._count()
 
@@ -116,22 +106,22 @@ class FaultTimes:
 
     def _count(self) -> None:
         resolved, self._resolved = self._resolved, []
-        by_kind: dict[tuple[Priority, FaultResult], list[_Resolved]] = {}
         for fault in resolved:
-            by_kind.setdefault((fault.priority, fault.result), []).append(fault)
-        for kind, faults in by_kind.items():
-            self._count_faults(kind, faults)
+            self._count_fault(*fault)
         answered, self._answered = self._answered, []
-        for priority, histogram in self._requests.items():
-            histogram.observe_all(now - sent.at for sent, now in answered if sent.priority is priority)
+        for sent, now in answered:
+            self._requests[sent.priority].observe(now - sent.at)
 
-    def _count_faults(self, kind: tuple[Priority, FaultResult], faults: list[_Resolved]) -> None:
-        stages = self._stages.get(kind)
+    def _count_fault(
+        self, priority: Priority, since: float, now: float, trip: Trip | None, result: FaultResult
+    ) -> None:
+        stages = self._stages.get((priority, result))
         if stages is None:
-            stages = self._stages[kind] = {stage: LatencyHistogram() for stage in Stage}
-        stages[_TOTAL].observe_all(fault.now - fault.since for fault in faults)
-        trips = [(since, trip, now) for _, since, now, trip, _ in faults if trip is not None and trip.sent_at >= since]
-        stages[_QUEUE].observe_all(trip.sent_at - since for since, trip, _ in trips)
-        stages[_WIRE].observe_all(trip.answered_at - trip.sent_at - trip.server_s for _, trip, _ in trips)
-        stages[_SERVER].observe_all(trip.server_s for _, trip, _ in trips)
-        stages[_INSTALL].observe_all(now - trip.answered_at for _, trip, now in trips)
+            stages = self._stages[priority, result] = {stage: LatencyHistogram() for stage in Stage}
+        stages[_TOTAL].observe(now - since)
+        if trip is None or trip.sent_at < since:
+            return
+        stages[_QUEUE].observe(trip.sent_at - since)
+        stages[_WIRE].observe(trip.answered_at - trip.sent_at - trip.server_s)
+        stages[_SERVER].observe(trip.server_s)
+        stages[_INSTALL].observe(now - trip.answered_at)

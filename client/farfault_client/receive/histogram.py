@@ -37,27 +37,16 @@ class LatencyHistogram:
 
     def observe(self, seconds: float) -> None:
         """Counts one duration; negative ones count as 0."""
-        self.observe_all((seconds,))
-
-    def observe_all(self, durations_s: Iterable[float]) -> None:
-        """Counts many, which takes less time than to count each of them."""
-        buckets, count, sum_us, max_us = self._buckets, 0, 0.0, self.max_us
-        for seconds in durations_s:
-            us = seconds * 1e6
-            index = 0
-            if us > 1:
-                index = int(log2(us) * _PER_OCTAVE)
-                index = min(index, _LAST)
-                sum_us += us
-                max_us = max(max_us, us)
-            elif us > 0:
-                sum_us += us
-                max_us = max(max_us, us)
-            buckets[index] += 1
-            count += 1
-        self.count += count
-        self.sum_us += sum_us
-        self.max_us = max_us
+        us = seconds * 1e6
+        index = 0
+        if us > 1:
+            index = min(int(log2(us) * _PER_OCTAVE), _LAST)
+        elif us < 0:
+            us = 0.0
+        self._buckets[index] += 1
+        self.count += 1
+        self.sum_us += us
+        self.max_us = max(self.max_us, us)
 
     @classmethod
     def sum_of(cls, histograms: Iterable[LatencyHistogram]) -> LatencyHistogram:

@@ -483,8 +483,8 @@ class Pager:
         self.stats.refusals_in_a_row = 0
         if self.engine.demand_waits:
             self.session.pump(Lane.DEMAND)
-        if lane is Lane.BACKGROUND or not self._in_flight[Lane.BACKGROUND]:  # else its next answer does
-            self.session.pump(Lane.BACKGROUND)
+        if lane is Lane.BACKGROUND or not (self._in_flight[Lane.BACKGROUND] or self._background_timer):
+            self.session.pump(Lane.BACKGROUND)  # else its next answer does, or the timer
         self._check_finished()
 
     def _refused(self, reasons: set[str]) -> None:
