@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ GUEST_RAM_MIN_BYTES = 24 << 20
     help="How vCPUs miss pages; auto: NOWAIT exits where this host can annotate them.",
 )
 @click.option("--report", type=FILE, metavar="FILE", help="Write the page that `farfault report` makes of the move.")
-@click.option("--keep", is_flag=True, help="Keep the folder with logs and records.")
+@click.option("--keep", is_flag=True, help="Keep the folder with logs and records, and say where it is.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, nothing else.")
 def demo(
     vmm: str | None,
@@ -78,13 +79,17 @@ def demo(
             write_report(record, report)
     except FarfaultError as error:
         raise type(error)(error.problem, error.remedy or f"logs are in {folder}") from error
-    else:
-        if not keep:
-            _remove(folder)
+    wrong = figures["verification_errors"]
+    if keep:
+        figures["folder"] = str(folder)
+    elif not wrong:
+        shutil.rmtree(folder, ignore_errors=True)
     if as_json:
         click.echo(json.dumps(figures))
-    if figures["verification_errors"]:
-        raise VerificationError(f"the guest found {figures['verification_errors']} errors", f"logs are in {folder}")
+    elif keep:
+        click.echo(f"kept              {folder}: logs and records")
+    if wrong:
+        raise VerificationError(f"the guest found {wrong} errors", f"logs are in {folder}")
 
 
 def _play(config: SceneConfig, folder: Path, *, quiet: bool) -> dict[str, Any]:
@@ -150,9 +155,3 @@ def _tell(figures: dict[str, Any], say: Any) -> None:
     say(f"guest's counter   {figures['counter_before']:,} at the switchover, {figures['counter_after']:,} now")
     verdict = "every page is what the guest left there" if not figures["verification_errors"] else "WRONG"
     say(f"verification      {figures['verified_pages']:,} pages, {figures['verification_errors']} errors: {verdict}")
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
