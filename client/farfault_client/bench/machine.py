@@ -7,12 +7,12 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Final
+
+from farfault_cli.python_build import python_build
 
 FIRST_USE_BYTES: Final = 64 << 20
 
@@ -27,7 +27,7 @@ def describe_machine() -> dict[str, str]:
         "tcp": "".join(_lines("/proc/sys/net/ipv4/tcp_congestion_control")[:1]),
         "kvm": _kvm(),
         "qemu": _first_line("qemu-system-x86_64", "--version"),
-        "python": f"{platform.python_version()}, {_python_build()}",
+        "python": python_build().text,
     }
     return {name: value for name, value in found.items() if value}
 
@@ -46,14 +46,6 @@ def _first_use() -> str:
             took_s.append(perf_counter() - began_at)
     first, again = (FIRST_USE_BYTES / took / 1e9 for took in took_s)
     return f"{first:.1f} GB/s (again: {again:.1f} GB/s)"
-
-
-def _python_build() -> str:
-    """Whether the interpreter was built with profile-guided optimisation, without which each fault takes longer."""
-    if sys.base_prefix == "/usr":
-        return "the distribution's build"  # optimised; what sysconfig tells are the options of a second build
-    options = str(sysconfig.get_config_var("CONFIG_ARGS"))
-    return "optimised build" if "--enable-optimizations" in options else "not built with --enable-optimizations"
 
 
 def command_line(arguments: Sequence[str]) -> str:

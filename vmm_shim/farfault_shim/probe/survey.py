@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
+from farfault_cli.python_build import python_build
+
 from farfault_shim.kvm import abi
 from farfault_shim.kvm.nowait import NowaitInterface
 from farfault_shim.probe.host_memory import find_memory
@@ -111,6 +113,7 @@ def survey(
         *_annotator_items(facts),
         *(Item("memory", name, *_optional(finding)) for name, finding in find_memory()),
         *(Item("VMMs", name, *_optional(finding)) for name, finding in find_vmms()),
+        _python_item(),
     )
     found = () if choice.source is None else hazards(choice.source, facts.paging)
     return Survey(items, facts, choice, found)
@@ -122,6 +125,14 @@ def _required(finding: Finding) -> tuple[State, str, str]:
 
 def _optional(finding: Finding) -> tuple[State, str, str]:
     return (State.OK if finding.ok else State.OPTIONAL, finding.detail, finding.remedy)
+
+
+def _python_item() -> Item:
+    build = python_build()
+    if build.is_optimised:
+        return Item("Python", "build", State.OK, build.text)
+    remedy = "each fault takes a quarter longer than with the distribution's Python: install farfault with that"
+    return Item("Python", "build", State.OPTIONAL, build.text, remedy)
 
 
 def _kvm_items(facts: HostFacts) -> Iterable[Item]:
