@@ -20,7 +20,7 @@ import threading
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic_ns, perf_counter
+from time import monotonic_ns, perf_counter, sleep
 from typing import Final
 
 from farfault_cli.errors import FarfaultError
@@ -31,6 +31,7 @@ from farfault_shim.layout import FlatOffset, Gpa
 from farfault_shim.uffd.userfaultfd import Userfaultfd
 
 from farfault_client.bench.micro.ram_file import page
+from farfault_client.bench.micro.settle import SETTLE_S
 
 READY_TIMEOUT_S: Final = 30.0
 SEED: Final = 1
@@ -95,6 +96,7 @@ def measure(options: Options) -> dict[str, float]:
         client = AttachClient(Path(options.attach), [memory.block(with_alias=False)])
         client.start()
         client.wait_ready(READY_TIMEOUT_S)
+        sleep(SETTLE_S)
         return _touch(options, memory, order)
     return _ask(options, memory, order)
 
@@ -137,6 +139,7 @@ def _ask(options: Options, memory: Memory, order: array[int]) -> dict[str, float
     client = AttachClient(Path(options.attach), blocks, FaultSource.STOCK_NOWAIT, slots)
     client.start()
     client.wait_ready(READY_TIMEOUT_S)
+    sleep(SETTLE_S)
     took_us: list[list[float]] = [[] for _ in range(options.threads)]
     begin = threading.Barrier(options.threads + 1)
 

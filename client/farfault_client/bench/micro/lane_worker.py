@@ -23,6 +23,7 @@ from farfault_shim.attach.wire import FaultSource, HandOver, HandOverRegion
 from farfault_shim.layout import PageIndex, PageRun
 from farfault_shim.uffd.userfaultfd import Userfaultfd
 
+from farfault_client.bench.micro.settle import SETTLE_S
 from farfault_client.bulk.messages import Target
 from farfault_client.bulk.shared_pages import SharedPages
 from farfault_client.engine import Fetch, PageState, Priority
@@ -40,8 +41,6 @@ STRIDE_PAGES: Final = 7919
 TIMEOUT_S: Final = 120.0
 FIRST_BACKGROUND_ID: Final = 1 << 32
 WARM_UP_SHARE: Final = 0.05
-SETTLE_S: Final = 0.5
-"""From both lanes being ready until the first fetch: what starts beside them needs the processors as well."""
 
 
 class Background:
