@@ -55,7 +55,7 @@ bench-docs: setup
 $(VENV)/.installed: pyproject.toml | machine
 	@python="$(PYTHON)"; echo "==> virtual environment in $(VENV), of $$python"; \
 	$$python -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 machine:
