@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 
 class PythonBuild(NamedTuple):
-    """Attributes:
-    text: version and build, e.g. ``3.11.2, the distribution's build``.
-    is_optimised: with profile guidance; without it a fault takes a quarter longer.
+    """What is known of an interpreter.
+
+    Attributes:
+        text: version and build, e.g. ``3.11.2, the distribution's build``.
+        is_optimised: with profile guidance; without it a fault takes a quarter longer.
     """
 
     text: str

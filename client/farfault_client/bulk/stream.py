@@ -112,9 +112,7 @@ class BulkStream(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
-        if (
-            transport.get_extra_info("ssl_object") is None
-        ):  # with TLS, some of the rest may have left the socket already
+        if transport.get_extra_info("ssl_object") is None:  # else a part of the rest may have left the socket already
             self._plain_socket = transport.get_extra_info("socket")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -125,9 +123,10 @@ class BulkStream(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._received += nbytes
-        missing = len(self._target) - self._received
-        if missing or self._ended.done():
-            self._wake_at(missing)
+        if self._ended.done():
+            return
+        if self._received < len(self._target):
+            self._wake_at(len(self._target) - self._received)
             return
         try:
             if self._frame_bytes:

@@ -151,20 +151,12 @@ class Userfaultfd:
         """
         source = (_bytes_address(data) if isinstance(data, bytes) else data.address) + data_offset
         abi.COPY.pack_into(self._copy, 0, address, source, size_bytes, 0, 0)
-        try:
-            fcntl.ioctl(self._descriptor, abi.UFFDIO_COPY, self._copy)
-        except OSError as error:
-            return _cut_short(error, self._copy, abi.COPY.size - 8)
-        return CopyResult(size_bytes, 0)
+        return self._run(abi.UFFDIO_COPY, self._copy, abi.COPY.size - 8, size_bytes)
 
     def zeropage(self, address: int, size_bytes: int) -> CopyResult:
         """Installs zero pages and wakes who sleeps there. Not for hugetlbfs (EINVAL)."""
         abi.ZEROPAGE.pack_into(self._zeropage, 0, address, size_bytes, 0, 0)
-        try:
-            fcntl.ioctl(self._descriptor, abi.UFFDIO_ZEROPAGE, self._zeropage)
-        except OSError as error:
-            return _cut_short(error, self._zeropage, abi.ZEROPAGE.size - 8)
-        return CopyResult(size_bytes, 0)
+        return self._run(abi.UFFDIO_ZEROPAGE, self._zeropage, abi.ZEROPAGE.size - 8, size_bytes)
 
     def read_events(self, events_max: int = 64) -> list[Fault | Removed]:
         """Takes waiting events off the descriptor, which must be O_NONBLOCK; empty: there is none."""
@@ -187,11 +179,14 @@ class Userfaultfd:
                 events.append(Removed(start, end))
         return events
 
-
-def _cut_short(error: OSError, argument: bytearray, done_at: int) -> CopyResult:
-    """The kernel says how far it came, or puts a negated errno into the same field."""
-    done = int.from_bytes(argument[done_at : done_at + 8], "little", signed=True)
-    return CopyResult(max(0, done), error.errno or errno.EIO)
+    def _run(self, request: int, argument: bytearray, done_at: int, size_bytes: int) -> CopyResult:
+        try:
+            fcntl.ioctl(self._descriptor, request, argument)
+        except OSError as error:
+            # The kernel says how far it came, or puts a negated errno into the same field.
+            done = int.from_bytes(argument[done_at : done_at + 8], "little", signed=True)
+            return CopyResult(max(0, done), error.errno or errno.EIO)
+        return CopyResult(size_bytes, 0)
 
 
 def _create_descriptor() -> int:

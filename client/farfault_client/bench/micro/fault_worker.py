@@ -94,9 +94,7 @@ def measure(options: Options) -> dict[str, float]:
         return _with_c_pager(options, memory, order)
     if options.pager == "uffd":
         client = AttachClient(Path(options.attach), [memory.block(with_alias=False)])
-        client.start()
-        client.wait_ready(READY_TIMEOUT_S)
-        sleep(SETTLE_S)
+        _attach(client)
         return _touch(options, memory, order)
     return _ask(options, memory, order)
 
@@ -132,14 +130,18 @@ def _touch(options: Options, memory: Memory, order: array[int]) -> dict[str, flo
     return _figures([value / 1e3 for value in took_ns], elapsed_s)
 
 
+def _attach(client: AttachClient) -> None:
+    client.start()
+    client.wait_ready(READY_TIMEOUT_S)
+    sleep(SETTLE_S)
+
+
 def _ask(options: Options, memory: Memory, order: array[int]) -> dict[str, float]:
     """Threads in Python report exits and wait for verdicts; a page is looked at when all have ended."""
     slots = [Slot(0, 0, Gpa(0), memory.size_bytes, FlatOffset(0))]
     blocks = [memory.block(with_alias=True)]
     client = AttachClient(Path(options.attach), blocks, FaultSource.STOCK_NOWAIT, slots)
-    client.start()
-    client.wait_ready(READY_TIMEOUT_S)
-    sleep(SETTLE_S)
+    _attach(client)
     took_us: list[list[float]] = [[] for _ in range(options.threads)]
     begin = threading.Barrier(options.threads + 1)
 
