@@ -71,6 +71,7 @@ def _counters(lanes: dict[str, LaneStats]) -> Iterator[Metric]:
         return family
 
     yield counter("requests", "Requests that came.", "requests")
+    yield counter("fault_requests", "Requests that came and that a thread waits for.", "faults")
     yield counter("batches", "Batches that were sent.", "batches")
     yield counter("sent_bytes", "Bytes of batches, headers included.", "bytes")
     yield counter("refused_ranges", "Ranges that got a status instead of pages.", "ranges_refused")

@@ -12,6 +12,7 @@ from typing import Final
 import grpc.aio
 from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import FarfaultError, UsageError
+from farfault_cli.processors import leave_faults_a_processor
 from farfault_cli.tls import ServerTls
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -153,6 +154,15 @@ class PageServer:
         )
         self.keeper.publish = self.background.publish
         await self.background.start()
+        yielding = leave_faults_a_processor(self._background_pid, self._faults)
+        self._chores.append(asyncio.create_task(yielding, name="leave faults a processor"))
+
+    def _background_pid(self) -> int | None:
+        return self.background.pid if self.background is not None and self.background.is_up else None
+
+    def _faults(self) -> int | None:
+        lanes = (self.stats.demand, self.stats.express)
+        return sum(lane.faults for lane in lanes) if any(lane.streams for lane in lanes) else None
 
     def _load_book(self) -> LeaseBook:
         identity = [region.identity() for region in self.regions]

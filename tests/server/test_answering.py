@@ -296,6 +296,21 @@ def test_whatever_is_not_plain_goes_the_long_way(message: bytes) -> None:
     assert drain(core)
 
 
+@pytest.mark.parametrize(
+    ("priority", "faults"),
+    [(pb.PRIORITY_UNSPECIFIED, 0), (pb.PRIORITY_VCPU, 1), (pb.PRIORITY_VMM, 1), (pb.PRIORITY_NEIGHBOUR, 0)],
+)
+@pytest.mark.parametrize("is_lone", [True, False])
+def test_requests_that_a_thread_waits_for_are_counted_as_faults(priority: int, faults: int, is_lone: bool) -> None:
+    core = answering(FakeRegion([page(1)]))
+    message = pb.FetchRequest.FromString(request(1, (0, 0, 1), priority=priority))
+    if is_lone:
+        assert core.lone_pieces(message)
+    else:
+        core.push(message)
+    assert (core._stats.requests, core._stats.faults) == (1, faults)
+
+
 def test_a_lone_request_does_not_overtake_what_waits() -> None:
     core = answering(FakeRegion([page(1), page(2)]))
     core.receive(request(1, (0, 0, 1)))

@@ -50,6 +50,11 @@ class BulkHost:
         self._target: Target | None = None
         self._descriptors: Sequence[int] = ()
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None: there is none."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
     def connection(self) -> socket.socket:
         """The socket to a living bulk process."""
         if self._socket is None or self._process is None or self._process.poll() is not None:

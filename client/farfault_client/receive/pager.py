@@ -147,8 +147,8 @@ class Pager:
         self._on_removed = on_removed
         self._digest = digest
         self._shared = SharedPages(layout.page_count)
-        session.share_pages(self._shared)
-        self.engine = FaultEngine(layout, config, PageMap(layout.page_count, self._shared.states))
+        self.engine = engine = FaultEngine(layout, config, PageMap(layout.page_count, self._shared.states))
+        session.share_pages(self._shared, lambda: engine.stats.demand_faults)
         self.stats = PagerStats()
         self.slow_faults = SlowFaults()
         self.working_set = WorkingSet()

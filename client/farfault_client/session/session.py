@@ -18,6 +18,7 @@ import grpc.aio
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
+from farfault_cli.processors import leave_faults_a_processor
 from farfault_shim.layout import Layout
 
 from farfault_client.bulk.lane import BulkHost, ProcessLane
@@ -93,6 +94,7 @@ class Session:
         self._bad_in_a_row = 0
         self._answers_at_bad = 0
         self._shared: SharedPages | None = None
+        self._faults: Callable[[], int] = lambda: 0
         self._target: tuple[Target | None, Sequence[int]] = (None, ())
         self._bulk: BulkHost | None = None
         self._ready = {lane: asyncio.Event() for lane in Lane}
@@ -162,13 +164,14 @@ class Session:
 
     # ---- lanes -----------------------------------------------------------------------------------
 
-    def share_pages(self, shared: SharedPages) -> None:
+    def share_pages(self, shared: SharedPages, faults: Callable[[], int] = lambda: 0) -> None:
         """Before `start`: background lanes run in a process of their own, which puts pages into memory by itself.
 
         Args:
             shared: the state of every page, which that process looks at; it stays the caller's.
+            faults: how many there have been; while there are many, that process leaves them a processor.
         """
-        self._shared = shared
+        self._shared, self._faults = shared, faults
 
     def place_into(self, target: Target | None, descriptors: Sequence[int] = ()) -> None:
         """The memory that the background's pages go into from now on; see `BulkHost.place_into`."""
@@ -178,9 +181,12 @@ class Session:
 
     def start(self, user: LaneUser, lanes: Iterable[Lane] = tuple(Lane)) -> None:
         """Lets pages flow on these lanes, and keeps them flowing over losses, until `close`."""
+        create_task = asyncio.get_running_loop().create_task
         for lane in lanes:
-            task = asyncio.get_running_loop().create_task(self._keep(lane, user), name=f"{lane.value} lane")
-            self._tasks.append(task)
+            self._tasks.append(create_task(self._keep(lane, user), name=f"{lane.value} lane"))
+        if self._shared is not None:
+            yielding = leave_faults_a_processor(self._bulk_pid, self._faults)
+            self._tasks.append(create_task(yielding, name="leave faults a processor"))
 
     def pump(self, lane: Lane) -> None:
         """There may be something to send on a lane."""
@@ -353,6 +359,9 @@ class Session:
             self._bulk = BulkHost(shared, self.lease.layout.page_count, self._batch_bytes_max)
             self._bulk.place_into(*self._target)
         return self._bulk
+
+    def _bulk_pid(self) -> int | None:
+        return self._bulk.pid if self._bulk is not None else None
 
     def _take(self, granted: Lease) -> None:
         """Remembers a lease; lanes that run hold the object, so one that is taken up again stays the same."""

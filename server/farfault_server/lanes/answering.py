@@ -24,6 +24,7 @@ from farfault_server.memory.zeros import runs, zero_block
 ZERO: Final = int(pb.EXTENT_KIND_ZERO)
 NOT_FROZEN: Final = int(pb.EXTENT_KIND_NOT_FROZEN)
 IO_ERROR: Final = int(pb.EXTENT_KIND_IO_ERROR)
+_LAST_OF_FAULTS: Final = int(pb.PRIORITY_VMM)
 LONE_PAGE_BYTES_MAX: Final = 64 << 10
 """A longer page takes so long that it does not matter how its answer is made."""
 
@@ -97,7 +98,7 @@ class Answering:
         """A request has come, and waits for its turn."""
         ranges = [(item.region, item.first_page, item.page_count) for item in request.ranges]
         self.line.push(request.request_id, request.priority, ranges, self._clock_us())
-        self._stats.requests += 1
+        self._count_request(request)
 
     def lone_pieces(self, request: pb.FetchRequest) -> list[bytes] | None:
         """The answer to a request that has come while nothing else waits, if it asks for one page that has data.
@@ -126,7 +127,7 @@ class Answering:
         read_us = self._clock_us() - started_us
         pieces.append(times_fields(0, read_us))
         stats = self._stats
-        stats.requests += 1
+        self._count_request(request)
         stats.batches += 1
         stats.pages_data += 1
         stats.bytes += sum(map(len, pieces))
@@ -231,6 +232,10 @@ class Answering:
         )
         self._count(batch, sum(map(len, pieces)), queue_us, read_us)
         return pieces
+
+    def _count_request(self, request: pb.FetchRequest) -> None:
+        self._stats.requests += 1
+        self._stats.faults += 0 < request.priority <= _LAST_OF_FAULTS
 
     def _count(self, batch: _Batch, size_bytes: int, queue_us: int, read_us: int) -> None:
         stats = self._stats

@@ -37,6 +37,7 @@ class LaneStats:
 
     Attributes:
         requests: that came.
+        faults: those of them that a thread waits for.
         batches: that were sent.
         pages_data, pages_zero: answered.
         ranges_refused: that got a status instead of pages.
@@ -46,11 +47,21 @@ class LaneStats:
         read: reading, zero test, checksum and packing of a batch.
     """
 
-    INTEGERS: Final = ("requests", "batches", "pages_data", "pages_zero", "ranges_refused", "bytes", "streams")
+    INTEGERS: Final = (
+        "requests",
+        "faults",
+        "batches",
+        "pages_data",
+        "pages_zero",
+        "ranges_refused",
+        "bytes",
+        "streams",
+    )
     __slots__ = (*INTEGERS, "queue", "read")
 
     def __init__(self) -> None:
         self.requests = 0
+        self.faults = 0
         self.batches = 0
         self.pages_data = 0
         self.pages_zero = 0
