@@ -29,6 +29,8 @@ CLOSE_TIMEOUT_S = 20.0
 """For a roll-back that is under way when the server ends."""
 HOLD_INTERVAL_S = 1.0
 """How often it is looked whether a destination that is sent device state is still there."""
+STILL_S_MAX = 0.1
+"""So long after its VMM said that the VM stands still it is not asked again, unless it tells of a start."""
 UNHEARD = "nothing was heard of the destination for as long as it had said: the VM runs again"
 
 
@@ -125,6 +127,7 @@ class VmOwner:
         self._hold = Hold()
         self._lock = asyncio.Lock()
         self._answers = True
+        self._still_at = float("-inf")  # the VMM said so, on our clock
         self._known_start_unix_us = 0
         self._is_known_to_run = False
 
@@ -182,7 +185,7 @@ class VmOwner:
             try:
                 async for chunk in self._device_state(vmm):
                     if chunk.last:
-                        recording = asyncio.ensure_future(self._state_sent())
+                        recording = asyncio.ensure_future(self._state_sent(vmm))
                     yield chunk
                 if recording is not None:
                     await asyncio.shield(recording)
@@ -214,9 +217,13 @@ class VmOwner:
         last.last, last.checksum = True, hashed.intdigest()
         yield last
 
-    async def _state_sent(self) -> None:
+    async def _state_sent(self, vmm: SourceVmm) -> None:
+        """On record; and the VMM is asked what the HandOver wants to know, while the destination loads the state."""
         identity = [region.identity() for region in self._keeper.memory.regions]
-        await self._keeper.change(lambda book: (book.step(Step.STATE_SENT, identity), None))
+        recording = self._keeper.change(lambda book: (book.step(Step.STATE_SENT, identity), None))
+        recorded, _ = await asyncio.gather(recording, self._ask_whether_it_runs(vmm), return_exceptions=True)
+        if isinstance(recorded, BaseException):
+            raise recorded
 
     def hold(self, lease: Lease, silence_s_max: float) -> None:
         """The destination is there, and may be silent for so long from now on; 0: for ever.
@@ -277,7 +284,7 @@ class VmOwner:
         async with self._lock:
             book = self._keeper.book
             book.check_hand_over(generation)
-            if book.phase is Phase.FROZEN and await self._runs(vmm):
+            if book.phase is Phase.FROZEN and await self._runs(vmm, STILL_S_MAX):
                 await self._found_running()
                 raise RefusedError(
                     Code.FAILED_PRECONDITION,
@@ -347,16 +354,24 @@ class VmOwner:
         logger.error("the source VM runs although it was stopped for a move: its pages are of a new generation")
         await self._step(Step.FOUND_RUNNING)
 
-    async def _runs(self, vmm: SourceVmm) -> bool:
+    async def _runs(self, vmm: SourceVmm, still_s_max: float = 0) -> bool:
         """Whether the VM runs, or has run since we stopped it or were last told so.
 
-        A VMM that does not answer any more does not run its VM.
+        Args:
+            still_s_max: it is not asked again where it stood still so short a time ago; it tells of a start by itself.
         """
         started_unix_us = vmm.started_unix_us
         if vmm.stopped_unix_us is not None and started_unix_us > max(vmm.stopped_unix_us, self._known_start_unix_us):
             self._known_start_unix_us = started_unix_us
             self._is_known_to_run = False
             return True
+        if self._clock() - self._still_at <= still_s_max:
+            return False
+        return await self._ask_whether_it_runs(vmm)
+
+    async def _ask_whether_it_runs(self, vmm: SourceVmm) -> bool:
+        """A VMM that does not answer any more does not run its VM."""
+        self._still_at = float("-inf")
         try:
             is_running = await vmm.status() == RUNNING
         except FarfaultError as error:
@@ -365,11 +380,14 @@ class VmOwner:
             self._answers = False
             return False
         self._answers = True
+        if not is_running:
+            self._still_at = self._clock()
         return is_running
 
     async def _resume(self) -> None:
         await self._step(Step.RESUME)
         if self._keeper.book.phase is Phase.RESUMING:
+            self._still_at = float("-inf")
             await self.vmm.resume()
             await self._step(Step.RESUMED)
             logger.info("the VM runs again")

@@ -15,7 +15,7 @@ from farfault_server.leases.book import LeaseBook
 from farfault_server.leases.phases import Phase
 from farfault_server.leases.refusals import RefusedError
 from farfault_server.leases.store import MemoryStore
-from farfault_server.source_vm import VmOwner
+from farfault_server.source_vm import STILL_S_MAX, VmOwner
 from farfault_vmm.description import MemoryBackend, VmDescription
 from server_client import (
     PAGE,
@@ -54,6 +54,7 @@ class FakeVmm:
         self.started_unix_us = 0
         self.started = asyncio.Event()
         self.starts = 0
+        self.questions = 0
         self.record: RecordingStore | None = None
         self.resume_fails = False
 
@@ -87,10 +88,18 @@ class FakeVmm:
         self.is_running = True
 
     async def status(self) -> str:
+        self.questions += 1
         return "running" if self.is_running else "postmigrate"
 
     async def close(self) -> None:
         pass
+
+    def start_past_the_server(self) -> None:
+        """As somebody else's `cont` on another QMP connection, of which the VMM tells everybody."""
+        self.is_running = True
+        assert self.stopped_unix_us is not None
+        self.started_unix_us = max(self.started_unix_us, self.stopped_unix_us) + 1
+        self.started.set()
 
 
 class RecordingStore(MemoryStore):
@@ -361,15 +370,34 @@ async def test_a_vm_resumed_past_the_server_is_noticed(ram, vmm, store):
     async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
         await client.open(pb.LEASE_KIND_MIGRATION)
         last = await suspend(client)
-        vmm.is_running = True
+        vmm.start_past_the_server()
         assert (await refused(hand_over(client, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
         assert server.keeper.book.phase is Phase.RUNNING
         last = await suspend(client)
         await hand_over(client, last.generation)
-        vmm.is_running = True
+        vmm.start_past_the_server()
         await eventually(lambda: server.keeper.memory.generation != last.generation)
         assert server.keeper.book.phase is Phase.HANDED_OVER
         assert vmm.starts == 0
+
+
+async def test_a_hand_over_asks_the_vmm_only_if_it_has_not_just_answered(ram, vmm, store, clock, monkeypatch):
+    monkeypatch.setattr("farfault_server.server.WATCH_INTERVAL_S", 3600.0)
+    async with serving(ram, vmm=vmm, store=store) as server, connected(server.port) as client:
+        await client.open(pb.LEASE_KIND_MIGRATION)
+        last = await suspend(client)
+        await eventually(lambda: server.keeper.book.phase is Phase.FROZEN)
+        await eventually(lambda: not server.owner._lock.locked())
+        questions = vmm.questions
+        vmm.is_running = True  # and the VMM does not tell
+        clock.now_s += 2 * STILL_S_MAX
+        assert (await refused(hand_over(client, last.generation)))[0] is grpc.StatusCode.FAILED_PRECONDITION
+        assert vmm.questions > questions
+        last = await suspend(client)
+        await eventually(lambda: not server.owner._lock.locked())
+        questions = vmm.questions
+        await hand_over(client, last.generation)
+        assert vmm.questions == questions, "it had just said that the VM stands still"
 
 
 async def test_a_vm_that_ran_for_a_moment_past_the_server_is_noticed(ram, vmm, store):
