@@ -7,7 +7,7 @@ from typing import Final
 
 from farfault_client.engine.way import Departure, Way
 
-BATCH_S: Final = 0.0008
+BATCH_S: Final = 0.0012
 """A batch is as large as the way carries in this time, from `BATCH_BYTES_MIN` to what the engine allows."""
 BATCH_BYTES_MIN: Final = 64 << 10
 BATCHES_AHEAD: Final = 2
