@@ -1,4 +1,4 @@
-/* What the baselines share: time, pinning, stream sockets, memory under a userfaultfd. Any failure ends the program. */
+/* What the baselines share: time, stream sockets, memory under a userfaultfd. Any failure ends the program. */
 #ifndef FARFAULT_BENCH_COMMON_H
 #define FARFAULT_BENCH_COMMON_H
 
@@ -11,7 +11,6 @@
 #include <linux/userfaultfd.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,18 +36,6 @@ static inline uint64_t now_ns(void)
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC, &now);
         return (uint64_t)now.tv_sec * 1000000000ul + (uint64_t)now.tv_nsec;
-}
-
-/* A negative CPU leaves the thread where the scheduler puts it. */
-static inline void pin(int cpu)
-{
-        cpu_set_t set;
-        if (cpu < 0)
-                return;
-        CPU_ZERO(&set);
-        CPU_SET(cpu, &set);
-        if (sched_setaffinity(0, sizeof set, &set))
-                die("sched_setaffinity");
 }
 
 static inline void write_all(int fd, const void *data, size_t size)

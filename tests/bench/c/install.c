@@ -1,5 +1,5 @@
 /* The limit of an installation: UFFDIO_COPY into a shared memory file that nobody waits for.
- *   install RUN_PAGES PAGES CPU
+ *   install RUN_PAGES PAGES
  */
 #include "common.h"
 
@@ -10,11 +10,10 @@ int main(int argc, char **argv)
         uint64_t began;
         int uffd;
 
-        if (argc != 4)
+        if (argc != 3)
                 return 2;
         run = strtoul(argv[1], NULL, 10);
         pages = strtoul(argv[2], NULL, 10) / run * run;
-        pin(atoi(argv[3]));
         target = shared_memory(pages * PAGE);
         uffd = watched(target, pages * PAGE);
         data = malloc(run * PAGE);

@@ -1,6 +1,6 @@
 /* A pager all in C: a handler that reads faults, a server that reads a RAM file, a socket between them.
  * All faults that wait travel in one request; all pages that were asked for, in one answer.
- *   pager UFFD BASE RAM_FILE unix|tcp SERVER_CPU HANDLER_CPU
+ *   pager UFFD BASE RAM_FILE unix|tcp
  * Says "ready" and serves until it is killed. UFFD is inherited; BASE is an address of the process that made it.
  */
 #include "common.h"
@@ -58,7 +58,7 @@ int main(int argc, char **argv)
         uint64_t base;
         char answer[ANSWER_BYTES];
 
-        if (argc != 7)
+        if (argc != 5)
                 return 2;
         uffd = atoi(argv[1]);
         base = strtoul(argv[2], NULL, 0);
@@ -66,12 +66,10 @@ int main(int argc, char **argv)
         if (!fork()) {
                 prctl(PR_SET_PDEATHSIG, SIGKILL);
                 close(ends[1]);
-                pin(atoi(argv[5]));
                 serve(ends[0], argv[3]);
                 return 0;
         }
         close(ends[0]);
-        pin(atoi(argv[6]));
         puts("ready");
         fflush(stdout);
         for (;;) {

@@ -1,5 +1,5 @@
 /* The limit of one 4 KiB fetch: a small request, a page in reply, one at a time.
- *   pingpong unix|tcp COUNT SERVER_CPU CLIENT_CPU
+ *   pingpong unix|tcp COUNT
  */
 #include "common.h"
 
@@ -30,19 +30,17 @@ int main(int argc, char **argv)
         uint64_t *took;
         char reply[sizeof(struct request) + PAGE], ready;
 
-        if (argc != 5)
+        if (argc != 3)
                 return 2;
         count = strtoul(argv[2], NULL, 10);
         took = calloc(count, sizeof *took);
         connected(argv[1], ends);
         if (!fork()) {
                 close(ends[1]);
-                pin(atoi(argv[3]));
                 serve(ends[0]);
                 return 0;
         }
         close(ends[0]);
-        pin(atoi(argv[4]));
         read_all(ends[1], &ready, 1);
         for (size_t i = 0; i < count; i++) {
                 struct request request = {(i * 7919) % SOURCE_PAGES, i};

@@ -1,5 +1,5 @@
 /* The limit of the background: memory through a socket in 256 KiB pieces, thrown away or installed.
- *   stream unix|tcp MIB INSTALL SERVER_CPU CLIENT_CPU
+ *   stream unix|tcp MIB INSTALL
  */
 #include "common.h"
 
@@ -25,19 +25,17 @@ int main(int argc, char **argv)
         uint64_t began;
         double took_s;
 
-        if (argc != 6)
+        if (argc != 4)
                 return 2;
         size = strtoul(argv[2], NULL, 10) << 20;
         with_install = atoi(argv[3]);
         connected(argv[1], ends);
         if (!fork()) {
                 close(ends[1]);
-                pin(atoi(argv[4]));
                 send_all(ends[0], size);
                 return 0;
         }
         close(ends[0]);
-        pin(atoi(argv[5]));
         if (with_install) {
                 target = shared_memory(size);
                 uffd = watched(target, size);

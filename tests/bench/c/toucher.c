@@ -9,7 +9,6 @@ struct share {
         char *base;
         const uint32_t *pages;
         size_t count;
-        int cpu;
         uint64_t *took_ns;
         size_t wrong;
 };
@@ -18,7 +17,6 @@ static void *touch_share(void *argument)
 {
         struct share *share = argument;
 
-        pin(share->cpu);
         for (size_t i = 0; i < share->count; i++) {
                 volatile uint64_t *word = (volatile uint64_t *)(share->base + share->pages[i] * PAGE);
                 uint64_t began = now_ns(), seen = *word;
@@ -30,7 +28,7 @@ static void *touch_share(void *argument)
 
 /* Visits pages, `each` by every thread, and stores how long each first access took. Page n must begin with
  * (n + 1) * GOLDEN. Returns the number of pages that did not, or -1. */
-long touch(char *base, const uint32_t *pages, size_t each, int threads, int cpu, uint64_t *took_ns)
+long touch(char *base, const uint32_t *pages, size_t each, int threads, uint64_t *took_ns)
 {
         struct share shares[THREADS_MAX];
         pthread_t ids[THREADS_MAX];
@@ -39,7 +37,7 @@ long touch(char *base, const uint32_t *pages, size_t each, int threads, int cpu,
         if (threads < 1 || threads > THREADS_MAX)
                 return -1;
         for (int i = 0; i < threads; i++) {
-                shares[i] = (struct share){base, pages + (size_t)i * each, each, cpu, took_ns + (size_t)i * each, 0};
+                shares[i] = (struct share){base, pages + (size_t)i * each, each, took_ns + (size_t)i * each, 0};
                 if (pthread_create(&ids[i], NULL, touch_share, &shares[i]))
                         return -1;
         }

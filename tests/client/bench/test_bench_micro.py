@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from farfault_client.bench import programs
-from farfault_client.bench.micro.bench_host import BenchHost, Cpus, pinned
+from farfault_client.bench.micro.bench_host import PROCESSORS, BenchHost
 from farfault_client.bench.micro.cases import CASES, PAIRS
 from farfault_client.bench.micro.ram_file import PAGE_BYTES, make_ram_file, page
 
@@ -41,9 +42,9 @@ def test_programs_are_compiled_once(compiled: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_baselines_measure(compiled: Path, kind: str) -> None:
-    assert run(compiled / "pingpong", kind, 50, -1, -1)["p50_us"] > 0
-    assert run(compiled / "stream", kind, 4, 1, -1, -1)["mb_per_s"] > 0
-    assert run(compiled / "install", 8, 64, -1)["us_per_call"] > 0
+    assert run(compiled / "pingpong", kind, 50)["p50_us"] > 0
+    assert run(compiled / "stream", kind, 4, 1)["mb_per_s"] > 0
+    assert run(compiled / "install", 8, 64)["us_per_call"] > 0
 
 
 def test_pages_of_the_ram_file(tmp_path: Path) -> None:
@@ -67,8 +68,6 @@ def test_faults_of_the_c_pager_bring_the_right_pages(compiled: Path, tmp_path: P
         "each": 64,
         "threads": threads,
         "socket": "unix",
-        "server_cpu": -1,
-        "client_cpu": -1,
     }
     command = [sys.executable, "-m", "farfault_client.bench.micro.fault_worker", json.dumps(options)]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
@@ -97,7 +96,8 @@ def test_every_pair_has_its_cases() -> None:
     assert len({pair.name for pair in PAIRS}) == len(PAIRS)
 
 
-def test_pinning_is_left_out_on_one_cpu() -> None:
-    assert pinned(-1, ["true"]) == ["true"]
-    assert pinned(1, ["true"]) == ["taskset", "-c", "1", "true"]
-    assert Cpus.of_machine().source <= Cpus.of_machine().destination
+def test_everything_shares_two_processors() -> None:
+    usable = os.sched_getaffinity(0)
+    with BenchHost():
+        assert os.sched_getaffinity(0) == set(sorted(usable)[:PROCESSORS])
+    assert os.sched_getaffinity(0) == usable

@@ -1,4 +1,4 @@
-"""Where micro-benchmarks run: RAM file, compiled programs, page server and receiver, each on its CPU."""
+"""Where micro-benchmarks run: RAM file, compiled programs, page server and receiver, on two processors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -27,70 +26,56 @@ RAM_PAGES: Final = 65536
 RAM_FOLDER: Final = Path("/dev/shm")
 
 
-@dataclass(frozen=True, slots=True)
-class Cpus:
-    """Where the source's and the destination's processes run; the same for every case. Negative: anywhere."""
-
-    source: int
-    destination: int
-
-    @classmethod
-    def of_machine(cls) -> Cpus:
-        """The first two that this process may use; nothing is pinned on a single one."""
-        usable = sorted(os.sched_getaffinity(0))
-        return cls(usable[0], usable[1]) if len(usable) > 1 else cls(-1, -1)
-
-
-def pinned(cpu: int, command: Sequence[str]) -> list[str]:
-    """A command line that runs on one CPU."""
-    return [*command] if cpu < 0 else ["taskset", "-c", str(cpu), *command]
+PROCESSORS: Final = 2
+"""All processes share so many: as in whole moves, and so that a ratio on a larger machine means the same."""
 
 
 class BenchHost:
-    """Owns files and processes. A context manager.
+    """Owns files and processes, and keeps this process and all of them on `PROCESSORS`. A context manager.
 
     Attributes:
-        cpus: of the two sides.
         programs: folder with the compiled C programs.
         ram: the RAM file.
     """
 
     def __init__(self) -> None:
-        self.cpus = Cpus.of_machine()
+        self._usable = os.sched_getaffinity(0)
         self.programs = compiled()
         self._folder = Path(tempfile.mkdtemp(prefix="farfault-micro-"))
         self.ram = RAM_FOLDER / f"{self._folder.name}-{os.getpid()}.ram"
         self._number = 0
 
     def __enter__(self) -> Self:
+        os.sched_setaffinity(0, sorted(self._usable)[:PROCESSORS])
         make_ram_file(self.ram, RAM_PAGES)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        os.sched_setaffinity(0, self._usable)
         self.ram.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def c(self, program: str, *arguments: object) -> dict[str, float]:
-        """Runs a C program, which pins itself."""
+        """Runs a C program."""
         return _object([str(self.programs / program), *map(str, arguments)])
 
     def worker(self, module: str, *arguments: object) -> dict[str, float]:
-        """Runs a worker of this package on the destination's CPU."""
+        """Runs a worker of this package."""
         module = f"farfault_client.bench.micro.{module}"
-        return _object(pinned(self.cpus.destination, [sys.executable, "-m", module, *map(str, arguments)]))
+        return _object([sys.executable, "-m", module, *map(str, arguments)])
 
     @contextmanager
     def page_server(self) -> Iterator[tuple[str, Processes]]:
-        """A page server on the source's CPU; yields its target."""
+        """A page server; yields its target."""
         self._number += 1
         folder = self._folder / f"server-{self._number}"
         folder.mkdir()
         port_file = folder / "port"
         command = farfault_argv("serve", "--ram", str(self.ram), "--listen", "127.0.0.1:0")
         with Processes(folder) as processes:
-            processes.start("serve", pinned(self.cpus.source, [*command, "--port-file", str(port_file)]))
+            processes.start("serve", [*command, "--port-file", str(port_file)])
             processes.wait_until(port_file.exists, "the page server listens", START_TIMEOUT_S, "serve")
             yield f"127.0.0.1:{port_file.read_text().strip()}", processes
 
@@ -103,7 +88,7 @@ class BenchHost:
             # A cap of one byte a second: only what is missed is fetched.
             command = farfault_argv("receive", "--source", target, "--attach", str(attach), "--bandwidth", "1")
             command += ["--state", str(folder / "state"), *flags]
-            processes.start("receive", pinned(self.cpus.destination, command))
+            processes.start("receive", command)
             processes.wait_until(attach.exists, "the receiver listens", START_TIMEOUT_S, "receive")
             yield attach
 
@@ -118,8 +103,6 @@ class BenchHost:
             "each": faults // threads,
             "threads": threads,
             "socket": socket,
-            "server_cpu": self.cpus.source,
-            "client_cpu": self.cpus.destination,
         }
         return self.worker("fault_worker", json.dumps(options))
 

@@ -70,15 +70,15 @@ def _bulk(*, install: bool) -> Callable[[BenchHost], Figures]:
 
 
 def _pingpong(kind: str) -> Callable[[BenchHost], Figures]:
-    return lambda host: host.c("pingpong", kind, FETCHES, host.cpus.source, host.cpus.destination)
+    return lambda host: host.c("pingpong", kind, FETCHES)
 
 
 def _stream(install: int) -> Callable[[BenchHost], Figures]:
-    return lambda host: host.c("stream", "tcp", STREAM_MIB, install, host.cpus.source, host.cpus.destination)
+    return lambda host: host.c("stream", "tcp", STREAM_MIB, install)
 
 
 def _c_install(run_pages: int) -> Callable[[BenchHost], Figures]:
-    return lambda host: host.c("install", run_pages, INSTALL_PAGES, host.cpus.destination)
+    return lambda host: host.c("install", run_pages, INSTALL_PAGES)
 
 
 def _install(run_pages: int) -> Callable[[BenchHost], Figures]:

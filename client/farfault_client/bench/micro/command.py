@@ -30,9 +30,9 @@ def micro(groups: tuple[str, ...], runs: int, as_json: bool, markdown: Path | No
     """Measure single steps of a fault beside the same steps in C.
 
     One fetch, the background stream, one installation, and the whole fault of 1 and 8 threads. The programs in C are
-    compiled at the first run. Both sides of each comparison run on the same CPUs (source on one, destination on
-    another) and in turn: a round trip between two CPUs costs several times one within a CPU here, so that a ratio to
-    something placed elsewhere says nothing.
+    compiled at the first run. Everything runs on the same two CPUs, where the scheduler puts it, and in turn: a
+    round trip between two CPUs costs several times one within a CPU, so that a ratio to something placed elsewhere says
+    nothing.
 
     \b
       farfault bench micro

@@ -50,7 +50,6 @@ class Options:
         each: pages that every thread visits.
         threads: how many.
         socket: of the C pager: ``unix`` or ``tcp``.
-        server_cpu, client_cpu: where the C pager's server and everything else run; negative: anywhere.
     """
 
     pager: str
@@ -61,8 +60,6 @@ class Options:
     each: int
     threads: int
     socket: str
-    server_cpu: int
-    client_cpu: int
 
 
 class Memory:
@@ -102,7 +99,7 @@ def measure(options: Options) -> dict[str, float]:
 def _with_c_pager(options: Options, memory: Memory, order: array[int]) -> dict[str, float]:
     uffd = Userfaultfd.create()
     uffd.register(memory.base, memory.size_bytes)
-    arguments = [uffd.fileno(), memory.base, options.ram, options.socket, options.server_cpu, options.client_cpu]
+    arguments = [uffd.fileno(), memory.base, options.ram, options.socket]
     os.set_inheritable(uffd.fileno(), True)
     command = [str(Path(options.programs) / "pager"), *map(str, arguments)]
     with subprocess.Popen(command, pass_fds=[uffd.fileno()], stdout=subprocess.PIPE) as pager:
@@ -121,7 +118,7 @@ def _touch(options: Options, memory: Memory, order: array[int]) -> dict[str, flo
     library.touch.restype = ctypes.c_long
     took_ns = (ctypes.c_uint64 * len(order))()
     pages = (ctypes.c_uint32 * len(order)).from_buffer(order)
-    arguments = (ctypes.c_size_t(options.each), options.threads, options.client_cpu, took_ns)
+    arguments = (ctypes.c_size_t(options.each), options.threads, took_ns)
     began_at = perf_counter()
     wrong = library.touch(ctypes.c_void_p(memory.base), pages, *arguments)
     elapsed_s = perf_counter() - began_at

@@ -13,6 +13,7 @@ import ctypes
 import json
 import mmap
 import sys
+from collections.abc import Callable
 from time import perf_counter
 from typing import Final
 
@@ -192,8 +193,8 @@ async def fetch(target: str, *, express: bool, count: int, with_background: bool
     session = Session(session_config(target, express=express, kind=pb.LEASE_KIND_CLONE))
     await session.open()
     background = Background(session, endless=True) if with_background else None
-    _share_pages(session)
     user = FetchUser(session, count, background)
+    _share_pages(session, lambda: len(user.took_s))
     session.start(user)
     if not await session.wait_ready(TIMEOUT_S):
         raise FarfaultError(f"page server {target} cannot be reached on both lanes")
@@ -230,13 +231,13 @@ async def bulk(target: str, *, with_install: bool) -> dict[str, float]:
     return {"mb_per_s": lease.layout.size_bytes / 1e6 / user.took_s}
 
 
-def _share_pages(session: Session) -> None:
-    """Every page may be placed."""
+def _share_pages(session: Session, faults: Callable[[], int] = lambda: 0) -> None:
+    """Every page may be placed. A single fetch counts as a fault, so that bulk makes room for it as in a receiver."""
     assert session.lease is not None
     page_count = session.lease.layout.page_count
     shared = SharedPages(page_count)
     shared.states[:page_count] = bytes([encode(PageState.IN_FLIGHT, Priority.BACKGROUND)]) * page_count
-    session.share_pages(shared)
+    session.share_pages(shared, faults)
 
 
 def main() -> None:
