@@ -18,6 +18,7 @@ from farfault_client.engine.states import (
     CARRY_PRIORITY,
     INSTALLED_BYTE,
     PRIORITY_MASK,
+    REMOVED_BYTE,
     STATE_OF_BYTE,
     STATE_SHIFT,
     TRANSITIONS,
@@ -169,6 +170,11 @@ class PageMap:
         match = _ABSENT_RUN.match(self._bytes, first, min(first + count_max, limit))
         assert match is not None
         return PageRun(PageIndex(first), match.end() - first)
+
+    def settled_within(self, first: int, end: int) -> int:
+        """Pages of ``[first, end)`` that are installed or removed, by a scan in C."""
+        part = self._bytes[first:end]
+        return part.count(INSTALLED_BYTE) + part.count(REMOVED_BYTE)
 
     def counts(self, first: int = 0, end: int | None = None) -> dict[PageState, int]:
         """Pages by state: of all memory at once, of ``[first, end)`` by a scan in C."""

@@ -12,8 +12,7 @@ from typing import Any, Final
 
 from farfault.v1 import receiver_pb2 as rpb
 
-from farfault_client.engine import PageState
-from farfault_client.metrics.memory_cells import cell_counts
+from farfault_client.metrics.memory_cells import settled_shares
 from farfault_client.receive.pager import Pager
 from farfault_client.receive.receiver import Receiver
 from farfault_client.receive.summary import summary_of
@@ -131,8 +130,5 @@ class Recorder:
 
 def settled_map(pager: Pager, cells: int) -> str:
     """A digit for each of at most `cells` equal parts of guest memory: its share of settled pages in ninths, rounded
-    down, so that a 9 is complete (as far as `cell_counts` tells)."""
-    return "".join(
-        str(9 * (counts[PageState.INSTALLED] + counts[PageState.REMOVED]) // sum(counts.values()))
-        for counts in cell_counts(pager.engine.pages, cells)
-    )
+    down, so that a 9 is complete (as far as `settled_shares` tells)."""
+    return "".join(str(9 * settled // count) for settled, count in settled_shares(pager.engine.pages, cells))
