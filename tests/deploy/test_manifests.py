@@ -76,6 +76,29 @@ def variables_of(command: str) -> set[str]:
 
 
 @needs_systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_units_let_the_scheduler_be_asked(unit: Path) -> None:
+    """Else faults wait behind bulk, and nothing says why: the first kind of call is refused in silence."""
+    lists = re.findall(r"^SystemCallFilter=(~?)(.*)", unit.read_text(), re.MULTILINE)
+    for call in ("sched_setattr", "sched_setaffinity"):
+        allowed = None
+        for denied, names in lists:  # the last list that has a call decides
+            members = {member for name in names.split() for member in members_of(name)}
+            if call in members:
+                allowed = not denied
+        assert allowed, f"{unit.name} refuses {call}"
+
+
+def members_of(name: str) -> set[str]:
+    """The system calls of a group of systemd's, or the one that is named."""
+    if not name.startswith("@"):
+        return {name}
+    listed = subprocess.run(["systemd-analyze", "syscall-filter", name], capture_output=True, text=True, check=True)
+    lines = [line.strip() for line in listed.stdout.splitlines()[1:]]
+    return {call for line in lines if line and not line.startswith("#") for call in members_of(line)}
+
+
+@needs_systemd
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_units_are_valid_and_hardened(unit: Path, tmp_path: Path) -> None:
     text = unit.read_text()
