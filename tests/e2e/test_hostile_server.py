@@ -22,7 +22,7 @@ from farfault_client.demo.scene import SceneConfig
 from farfault_client.demo.vms import VmmKind
 from farfault_client.receive.journal import Journal
 from farfault_shim.attach.wire import HANDOVER_BYTES_MAX
-from faulty_move import SLOW_BYTES_PER_S, FaultyMove
+from faulty_move import FaultyMove
 from hostile_server import BROKEN, MUTE, REFUSING, Answer, HostileExpress, HostileServer
 
 pytestmark = pytest.mark.e2e
@@ -32,19 +32,20 @@ GROWTH_BYTES_MAX = 64 * MIB
 REQUESTS_PER_S_MAX = 500
 """A refusing server is asked again after 50 ms by each request that waits; without a pause it is tens of thousands."""
 OBSERVE_S = 2.0
+RTT_MS = 5
+"""Faults are not capped: without a delay the guest has all of its memory within seconds, and the move has ended before
+it is told to hurry."""
 
 
 @pytest.fixture
 def move() -> Iterator[FaultyMove]:
     """A move in the middle of its post-copy."""
-    config = SceneConfig(
-        VmmKind.REFERENCE, ram_bytes=32 * MIB, vcpus=2, receive_flags=("--bandwidth", str(SLOW_BYTES_PER_S))
-    )
+    config = SceneConfig(VmmKind.REFERENCE, ram_bytes=32 * MIB, vcpus=2, receive_flags=("--bandwidth", str(MIB)))
     reason = why_not(config)
     if reason:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="ff-hostile-"))
-    with FaultyMove(config, folder) as made:
+    with FaultyMove(config, folder, rtt_ms=RTT_MS) as made:
         made.start()
         made.begin()
         made.wait_postcopy()
