@@ -57,7 +57,7 @@ class BulkHost:
 
     def connection(self) -> socket.socket:
         """The socket to a living bulk process."""
-        if self._socket is None or self._process is None or self._process.poll() is not None:
+        if self._socket is None or self.pid is None:
             self._start()
         assert self._socket is not None
         return self._socket
