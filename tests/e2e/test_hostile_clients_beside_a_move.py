@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,7 @@ from farfault.v1 import pages_pb2 as pb
 from farfault_client.demo.scene import SceneConfig
 from farfault_client.demo.vms import VmmKind
 from hostile_clients import ATTACKS, DEMAND, OPEN, PREFACE, SETTINGS, attack, call, connect, frame
-from test_move import check_figures
+from test_move import check_figures, unhurried
 
 pytestmark = pytest.mark.e2e
 
@@ -81,16 +82,7 @@ def test_a_move_beside_hostile_clients(config: SceneConfig, make_scene: MakeScen
     token = tmp_path / "token"
     token.write_text("sesame\n")
     flags = ("--admission-token-file", str(token))
-    scene = make_scene(
-        SceneConfig(
-            config.kind,
-            config.ram_bytes,
-            config.vcpus,
-            fault_source=config.fault_source,
-            serve_flags=flags,
-            receive_flags=flags,
-        )
-    )
+    scene = make_scene(unhurried(replace(config, serve_flags=flags, receive_flags=flags)))
     scene.start_source()
     scene.start_server()
     with HostileClients() as hostile:

@@ -14,7 +14,7 @@ from farfault_client.demo.scene import PORTS, Scene, SceneConfig, port_flags
 from farfault_client.demo.vms import VmmKind
 from farfault_client.netsim.hosts import SOURCE_ADDRESS, TwoHosts, check_namespaces, two_hosts
 from netsim_helpers import Proxy, free_ports
-from test_move import check_figures
+from test_move import check_figures, unhurried
 
 pytestmark = pytest.mark.e2e
 
@@ -52,9 +52,8 @@ def test_between_two_hosts_with_mutual_tls(joined_hosts: TwoHosts, make_scene: M
     scene = make_scene(config)
     tls = scene.folder / "tls"
     subprocess.run(farfault_argv("certs", str(tls), "--host", SOURCE_ADDRESS), check=True)
-    scene.config = replace(
-        config, serve_flags=("--tls", str(tls / "server")), receive_flags=("--tls", str(tls / "client"))
-    )
+    with_tls = replace(config, serve_flags=("--tls", str(tls / "server")), receive_flags=("--tls", str(tls / "client")))
+    scene.config = unhurried(with_tls)
     scene.start_all()
     finish(scene)
 
@@ -69,7 +68,7 @@ def test_with_a_round_trip_of_5_ms(kind: VmmKind, make_scene: MakeScene) -> None
         serve_flags=port_flags(ports),
         source_target=f"127.0.0.2:{ports[0]}",
     )
-    scene = make_scene(config)
+    scene = make_scene(unhurried(config))
     scene.port = ports[0]
     with Proxy(ports, rtt_ms=5):
         scene.start_all()
