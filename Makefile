@@ -3,6 +3,7 @@
 PYTHON ?= $(shell tests/choose-python.sh)
 VENV   := .venv
 BIN    := $(VENV)/bin
+NATIVE := vmm_shim/preload server/native
 PROTOS := $(wildcard proto/farfault/v1/*.proto)
 
 .PHONY: machine demo test unit check observe bench bench-docs chaos soak proto native setup clean help
@@ -62,7 +63,7 @@ machine:
 	@tests/setup-machine.sh
 
 native: $(VENV)/.installed
-	@$(MAKE) --no-print-directory -C vmm_shim/preload
+	@for part in $(NATIVE); do $(MAKE) --no-print-directory -C $$part || exit 1; done
 
 chaos: setup
 	@$(BIN)/python tests/chaos/chaos.py $(CHAOS_FLAGS)
@@ -75,5 +76,5 @@ proto: $(VENV)/.installed
 	@echo "generated: $(PROTOS:.proto=_pb2.py)"
 
 clean:
-	@$(MAKE) --no-print-directory -C vmm_shim/preload clean
+	@for part in $(NATIVE); do $(MAKE) --no-print-directory -C $$part clean; done
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

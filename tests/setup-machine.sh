@@ -14,6 +14,7 @@ if [ -x /usr/bin/python3 ] || ! command -v python3 >/dev/null 2>&1; then
 fi
 need cc gcc
 need as binutils
+[ -e /usr/include/xxhash.h ] || packages+=(libxxhash-dev)
 if [ "$(uname -m)" = x86_64 ]; then
     need qemu-system-x86_64 qemu-system-x86
     need busybox busybox-static

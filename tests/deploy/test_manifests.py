@@ -136,9 +136,14 @@ def test_the_job_repeats_until_a_verdict() -> None:
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_the_container_copies_what_there_is() -> None:
+def test_the_container_has_all_parts_in_c() -> None:
+    """They are built before the wheel, which takes them along."""
     text = (DEPLOY / "container" / "Containerfile").read_text()
+    (parts,) = re.findall(r"for part in (.+?);", text)
+    (wanted,) = re.findall(r"^NATIVE := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
-    assert "make -C vmm_shim/preload" in text
-    assert (ROOT / "vmm_shim" / "preload" / "Makefile").exists()
-    assert "../farfault_shim/_native" in (ROOT / "vmm_shim" / "preload" / "Makefile").read_text()
+    assert parts.split() == wanted.split()
+    assert text.index("for part in") < text.index("pip wheel")
+    for part in parts.split():
+        assert re.search(r"\.\./farfault_\w+/_native", (ROOT / part / "Makefile").read_text())
+    assert '"*/farfault_*/_native/*"' in (ROOT / "pyproject.toml").read_text()

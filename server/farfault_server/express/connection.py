@@ -127,24 +127,24 @@ class ExpressConnection(asyncio.BufferedProtocol):
             if frame is None:
                 return
             if core is not None:
-                request = pb.FetchRequest.FromString(frame)
-                if lone < LONE_PER_TURN_MAX and self._answer_lone(core, request):
+                if lone < LONE_PER_TURN_MAX and self._answer_lone(core, frame):
                     lone += 1
                 else:
-                    core.push(request)
+                    core.receive(frame)
             elif not self._greet(frame):
                 return
             else:
                 core = self._core
 
-    def _answer_lone(self, core: Answering, request: pb.FetchRequest) -> bool:
+    def _answer_lone(self, core: Answering, message: bytes) -> bool:
         """Answers a request before which nothing waits, if it is a plain one for one page."""
         if self._transport is None or not self._is_writable:
             return False
-        pieces = core.lone_pieces(request)
-        if pieces is None:
+        answer = core.lone_answer(message)
+        if answer is None:
             return False
-        self._write(self._transport, pieces)
+        self._transport.write(answer.frame)
+        core.lone_answered(answer)
         return True
 
     def _answer(self) -> None:

@@ -2,7 +2,7 @@
 
 The core of every lane. The driver calls `Answering.receive` for each message that comes, and `Answering.next_batch`
 (or `next_pieces`) until it returns None. A lone request is answered by the first call; requests that came meanwhile
-share a batch.
+share a batch. Most faults are lone requests for one page: `Answering.lone_answer` answers those at once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Final
 
 from farfault.checksum import batch_checksum
-from farfault.codec import Extent, encode_pieces, times_fields
-from farfault.lone_page import page_pieces
+from farfault.codec import Extent, encode_pieces
 from farfault.v1 import pages_pb2 as pb
 
 from farfault_server.lanes.limits import DONE_PER_BATCH_MAX, EXTENTS_PER_BATCH_MAX, READS_PER_BATCH_MAX, LaneLimits
+from farfault_server.lanes.lone_answers import LENGTH_BYTES, LoneAnswer, LoneAnswers
 from farfault_server.lanes.stats import LaneStats
 from farfault_server.lanes.waiting_line import DATA, Piece, WaitingLine
 from farfault_server.memory import PageRegion, ServedMemory
@@ -25,8 +25,6 @@ ZERO: Final = int(pb.EXTENT_KIND_ZERO)
 NOT_FROZEN: Final = int(pb.EXTENT_KIND_NOT_FROZEN)
 IO_ERROR: Final = int(pb.EXTENT_KIND_IO_ERROR)
 _LAST_OF_FAULTS: Final = int(pb.PRIORITY_VMM)
-LONE_PAGE_BYTES_MAX: Final = 64 << 10
-"""A longer page takes so long that it does not matter how its answer is made."""
 
 
 class _Batch:
@@ -82,6 +80,7 @@ class Answering:
         geometry = [(region.size_bytes // region.page_size_bytes, region.page_size_bytes) for region in memory.regions]
         self.line = WaitingLine(geometry, limits)
         self._memory = memory
+        self._lone = LoneAnswers(memory.regions)
         self._limits = limits
         self._stats = stats
         self._clock_us = clock_us
@@ -92,48 +91,30 @@ class Answering:
         Raises:
             google.protobuf.message.DecodeError: it is no FetchRequest; the stream cannot go on.
         """
-        self.push(pb.FetchRequest.FromString(message))
-
-    def push(self, request: pb.FetchRequest) -> None:
-        """A request has come, and waits for its turn."""
+        request = pb.FetchRequest.FromString(message)
         ranges = [(item.region, item.first_page, item.page_count) for item in request.ranges]
         self.line.push(request.request_id, request.priority, ranges, self._clock_us())
-        self._count_request(request)
+        self._count_request(request.priority)
 
-    def lone_pieces(self, request: pb.FetchRequest) -> list[bytes] | None:
+    def lone_answer(self, message: bytes) -> LoneAnswer | None:
         """The answer to a request that has come while nothing else waits, if it asks for one page that has data.
 
         Returns:
-            As `next_pieces`; None: it is something else, for `push`.
+            To be sent; then say `lone_answered`. None: it is something else, for `receive`.
         """
-        ranges, memory = request.ranges, self._memory
-        if len(ranges) != 1 or self.line or not memory.readable:
-            return None
-        wanted = ranges[0]
-        region_id, page = wanted.region, wanted.first_page
-        if wanted.page_count != 1 or region_id >= len(memory.regions) or not request.request_id:
-            return None
-        region = memory.regions[region_id]
-        if page >= region.size_bytes // region.page_size_bytes or region.page_size_bytes > LONE_PAGE_BYTES_MAX:
-            return None
-        started_us = self._clock_us()
-        try:
-            data = region.read(page, 1)
-        except OSError:
-            return None
-        if data == zero_block(len(data)):
-            return None
-        pieces = page_pieces(request.request_id, region_id, page, data, memory.generation)
-        read_us = self._clock_us() - started_us
-        pieces.append(times_fields(0, read_us))
+        memory = self._memory
+        return None if self.line or not memory.readable else self._lone.answer(message, memory.generation)
+
+    def lone_answered(self, answer: LoneAnswer) -> None:
+        """Counts what was sent: a thread waits for it."""
+        frame, priority, read_us = answer
         stats = self._stats
-        self._count_request(request)
+        self._count_request(priority)
         stats.batches += 1
         stats.pages_data += 1
-        stats.bytes += sum(map(len, pieces))
+        stats.bytes += len(frame) - LENGTH_BYTES
         stats.queue.observe(0)
         stats.read.observe(read_us)
-        return pieces
 
     def next_batch(self) -> bytes | None:
         """The wire bytes of the next batch, or None when nothing waits."""
@@ -233,9 +214,9 @@ class Answering:
         self._count(batch, sum(map(len, pieces)), queue_us, read_us)
         return pieces
 
-    def _count_request(self, request: pb.FetchRequest) -> None:
+    def _count_request(self, priority: int) -> None:
         self._stats.requests += 1
-        self._stats.faults += 0 < request.priority <= _LAST_OF_FAULTS
+        self._stats.faults += 0 < priority <= _LAST_OF_FAULTS
 
     def _count(self, batch: _Batch, size_bytes: int, queue_us: int, read_us: int) -> None:
         stats = self._stats
