@@ -3,7 +3,7 @@
 PYTHON ?= $(shell tests/choose-python.sh)
 VENV   := .venv
 BIN    := $(VENV)/bin
-NATIVE := vmm_shim/preload server/native
+NATIVE := vmm_shim/preload server/native client/native
 PROTOS := $(wildcard proto/farfault/v1/*.proto)
 
 .PHONY: machine demo test unit check observe bench bench-docs chaos soak proto native setup clean help

@@ -9,6 +9,7 @@ so. The lock is a POSIX record lock, so it ends with the process that holds it.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -47,6 +48,11 @@ class SharedPages:
 
     def fileno(self) -> int:
         return self._descriptor
+
+    @property
+    def address(self) -> int:
+        """Of the bytes, for C; behind them lies the one that says that the receiver wants the lock."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.states))
 
     def close(self) -> None:
         """Gives the descriptor back; the states stay mapped while somebody uses them."""

@@ -37,6 +37,8 @@ NEIGHBOUR_RUNS_MAX: Final = 1024
 """Neighbours that wait to be fetched; the oldest are dropped, as the guest has moved on."""
 LONE_BYTES_MAX: Final = 64 << 10
 """A larger page takes so long on its way that what its fault costs does not matter."""
+LONE_AT_ONCE_MAX: Final = 64
+"""Lone faults that the engine is told of together."""
 REFUSAL_PAUSE_S: Final = 0.05
 """The background lane rests this long after a refusal, so that a refusing server is not hammered."""
 
@@ -158,8 +160,25 @@ class FaultEngine:
             self._prefetch_around(key if who is None else who, pages[-1])
         return FaultAnswer(False, tuple(removed)) if removed else _WAITS
 
+    @property
+    def takes_lone(self) -> bool:
+        """A request may be sent for an ABSENT page that one thread missed, before the engine is told (`lone_fault`)."""
+        return not (self._of_vcpus or self._of_vmm) and len(self._waiters) + LONE_AT_ONCE_MAX <= self.config.waiters_max
+
+    @property
+    def next_request_id(self) -> int:
+        """Of the next request; those after it follow."""
+        return self._next_request_id
+
+    def waits(self, key: object) -> bool:
+        """A thread waits for pages."""
+        return key in self._waiters
+
     def lone_fault(self, key: object, page: PageIndex, priority: Priority, now: float) -> Fetch | None:
         """A thread missed one page: `fault` and `next_demand` at once, in the commonest case.
+
+        The request may have been sent already, with `next_request_id`: while `takes_lone`, and for a page that is
+        ABSENT and not large, and a thread that does not wait, the answer is known.
 
         Args:
             key, page, priority, now: as of `fault`.
@@ -179,7 +198,7 @@ class FaultEngine:
         return self._request(priority, [PageRun(page, 1)], size_bytes)
 
     def went(self, who: object, page: PageIndex, priority: Priority, now: float) -> bool:
-        """The request of a `lone_fault` is on its way.
+        """The request of a `lone_fault` is taken account of.
 
         Args:
             who, page, priority, now: as of `fault`.
@@ -193,7 +212,8 @@ class FaultEngine:
         return bool(self._neighbour_runs)
 
     def awaits(self, request_id: int, page: PageIndex) -> bool:
-        """A request is under way, and a page that came for it may be installed at once; then `lone_installed`."""
+        """A request is under way, and the page that came for it may be put into memory at first hand, before the engine
+        is told (`lone_installed`). Whoever does so looks at the page's state by himself."""
         return request_id in self._in_flight and self.pages.state(page) is _IN_FLIGHT
 
     def lone_installed(self, request_id: int, page: PageIndex) -> list[Waiter]:
@@ -202,7 +222,7 @@ class FaultEngine:
         Returns:
             As `installed`.
         """
-        del self._in_flight[request_id]
+        self._in_flight.pop(request_id, None)
         self._data_bytes += self._page_bytes(page)
         self.stats.installed_pages += self.pages.apply(page, 1, _INSTALL)
         return self._waiters.wake((page,)) if self._waiters.is_awaited(page) else []  # a kick may have come in between

@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 from farfault.v1 import pages_pb2_grpc
 from farfault_cli.errors import FarfaultError, UnreachableError
 from farfault_shim.layout import Layout
 
-from farfault_client.engine import Fetch
 from farfault_client.load.background import BackgroundPull
 from farfault_client.load.faults import Ending, FaultLoad
 from farfault_client.load.plan import (
@@ -45,7 +43,7 @@ from farfault_client.load.timer import Timer
 from farfault_client.load.trace import Trace, read_trace
 from farfault_client.load.vcpus import Vcpus
 from farfault_client.load.verifier import SeedVerifier
-from farfault_client.session.answers import Answer, Placed
+from farfault_client.session.answers import Answer, LonePage, Placed
 from farfault_client.session.connect import session_config
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session, SessionConfig
@@ -97,8 +95,8 @@ class Connection:
             load.answered(self._index, answer, now_s())
             self._worker.go_on()
 
-    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
-        return False  # every request is given out by `next_request`
+    def page_came(self, data: bytes, position: int) -> LonePage | None:
+        return None  # every request is given out by `next_request`
 
     def lane_lost(self, lane: Lane) -> None:
         load = self._worker.load

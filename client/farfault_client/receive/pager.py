@@ -15,7 +15,6 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
-from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 from farfault_shim.attach.vmm import AttachedVmm, VcpuChannel
 from farfault_shim.attach.wire import AddressSource, Report, ReportKind, Slot, Verdict, VerdictKind
@@ -43,13 +42,14 @@ from farfault_shim.uffd.userfaultfd import Fault, Removed
 
 from farfault_client.bulk.messages import Target
 from farfault_client.bulk.shared_pages import SharedPages
-from farfault_client.engine import EngineConfig, FaultEngine, Fetch, Install, PageState, Priority, Waiter
+from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
 from farfault_client.engine.page_map import PageMap
 from farfault_client.metrics.slow_faults import SlowFaults
 from farfault_client.receive.digest import RamDigest
 from farfault_client.receive.fault_times import FaultResult, FaultTimes, Sent, Trip
+from farfault_client.receive.lone_faults import LoneFaults
 from farfault_client.receive.working_set import WorkingSet
-from farfault_client.session.answers import Answer, Placed, request_of
+from farfault_client.session.answers import Answer, LonePage, Placed, request_of
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
 
@@ -157,6 +157,7 @@ class Pager:
         self.last_refusal = ""
         self._vmm: AttachedVmm | None = None
         self._installer: Installer | None = None
+        self._lone: LoneFaults | None = None
         self._classifier: ExitClassifier | None = None
         self._pending: dict[int, Pending] = {}
         self._slots: list[Slot] = []
@@ -185,6 +186,8 @@ class Pager:
             )
         self._vmm = vmm
         self._installer = _installer_of(vmm, self._shared)
+        if vmm.uffd is not None:
+            self._lone = LoneFaults.of(vmm.layout, vmm.handover, vmm.uffd, vmm.alias_uffd, self._shared)
         self.session.place_into(*_target_of(vmm, with_digest=self._digest is not None))
         self._classifier = ExitClassifier(self.layout, self._slot_table, self.engine.pages)
         self._pending.clear()
@@ -200,6 +203,7 @@ class Pager:
             asyncio.get_running_loop().remove_reader(self._vmm.uffd.fileno())
         self._vmm = None
         self._installer = None
+        self._lone = None
         self.session.place_into(None)
 
     def close(self) -> None:
@@ -274,7 +278,7 @@ class Pager:
         """Installs the pages that KVM itself touches before the vCPU's first KVM_RUN (DESIGN)."""
         assert self._vmm is not None
         self.stats.starts += 1
-        self._tid_to_vcpu = self._vmm.vcpu_tids()
+        self._learn_threads()
         slots = self._slot_table()
         paravirtual = {Gpa(msr & ~(TABLE_BYTES - 1)) for msr in report.msrs if msr & 1}
         await self._preinstall(slots, paravirtual)
@@ -308,15 +312,36 @@ class Pager:
         """Takes events off the blocking userfaultfd: faults of threads that sleep in the kernel, and removals."""
         assert self._vmm is not None
         assert self._vmm.uffd is not None
-        assert self._installer is not None
-        with self._shared.first:
-            events = self._vmm.uffd.read_events(EVENTS_PER_WAKEUP_MAX)
-            awaited = [page for event in events if isinstance(event, Removed) for page in self._removed(event)]
+        if self._lone is not None:
+            try:
+                events = self._take_events(self._lone)
+                awaited = self._remove_all(events)
+            finally:
+                self._lone.leave()
+        else:
+            with self._shared.first:
+                events = self._vmm.uffd.read_events(EVENTS_PER_WAKEUP_MAX)
+                awaited = self._remove_all(events)
         for page in awaited:
             self._install_zero(page)
         for event in events:
             if isinstance(event, Fault):
                 self._missed(event)
+
+    def _take_events(self, lone: LoneFaults) -> list[Fault | Removed]:
+        """Reads events. Those that are nothing but a missed page are requested at first hand; returns the others."""
+        first_id, may_request = self.engine.next_request_id, self.session.takes_pages and self.engine.takes_lone
+        taken = lone.take(first_id, self._generation, may_request=may_request)
+        if not taken.faults:
+            return taken.events
+        self.session.send_pages(taken.frames, range(first_id, first_id + len(taken.faults)))
+        now = time.monotonic()
+        for page, thread_id in taken.faults:
+            is_vcpu = self._is_vcpu(thread_id)
+            self.stats.count("uffd_vcpu" if is_vcpu else "uffd_vmm")
+            self.working_set.missed(page)
+            self._requested(PageKey(page), page, _VCPU if is_vcpu else _VMM, now, now, thread_id)
+        return taken.events
 
     def _missed(self, fault: Fault) -> None:
         assert self._installer is not None
@@ -332,8 +357,19 @@ class Pager:
         assert self._vmm is not None
         now = time.monotonic()
         if thread_id not in self._tid_to_vcpu and now - self._tids_read_at >= TIDS_AGE_MAX_S:
-            self._tid_to_vcpu, self._tids_read_at = self._vmm.vcpu_tids(), now
+            self._tids_read_at = now
+            self._learn_threads()
         return thread_id in self._tid_to_vcpu
+
+    def _learn_threads(self) -> None:
+        assert self._vmm is not None
+        self._tid_to_vcpu = self._vmm.vcpu_tids()
+        if self._lone is not None:
+            self._lone.know_vcpus(self._tid_to_vcpu)
+
+    def _remove_all(self, events: Iterable[Fault | Removed]) -> list[PageIndex]:
+        """Marks all that the guest gave back; returns pages of it that a thread waits for."""
+        return [page for event in events if isinstance(event, Removed) for page in self._removed(event)]
 
     def _removed(self, event: Removed) -> Iterator[PageIndex]:
         """Marks what the guest gave back; yields pages of it that a thread waits for."""
@@ -357,7 +393,8 @@ class Pager:
         for page in pages:
             if self.engine.pages.is_absent(page):
                 self.working_set.missed(page)
-        if len(pages) == 1 and self.session.takes_pages and self._fetch_lone(key, pages[0], priority, since, now, who):
+        if len(pages) == 1 and self._request_lone(key, pages[0], priority):
+            self._requested(key, pages[0], priority, since, now, who)
             return
         answer = self.engine.fault(key, pages, priority, since, who)
         if answer.ready:
@@ -373,24 +410,33 @@ class Pager:
             self._install_zero(page)
         self.session.pump(Lane.DEMAND)
 
-    def _fetch_lone(
-        self,
-        key: VcpuKey | PageKey,
-        page: PageIndex,
-        priority: Priority,
-        since: float,
-        now: float,
-        who: int | None,
-    ) -> bool:
-        """The short way of most faults: what can wait is done while the request is on its way."""
-        fetch = self.engine.lone_fault(key, page, priority, since)
-        if fetch is None:
+    def _request_lone(self, key: VcpuKey | PageKey, page: PageIndex, priority: Priority) -> bool:
+        """Requests the page of most faults at first hand; then `_requested`. False: it is no such fault."""
+        lone, engine, session = self._lone, self.engine, self.session
+        if lone is None or not session.takes_pages or not engine.takes_lone or engine.waits(key):
             return False
+        request_id = engine.next_request_id
+        frame = lone.request(page, request_id, priority, self._generation)
+        if frame is None:
+            return False
+        session.send_pages(frame, (request_id,))
+        return True
+
+    def _requested(
+        self, key: VcpuKey | PageKey, page: PageIndex, priority: Priority, since: float, now: float, who: int | None
+    ) -> None:
+        """Takes account of a fault whose page was requested at first hand; arguments as of `_fault`."""
+        fetch = self.engine.lone_fault(key, page, priority, since)
+        assert fetch is not None, "what was requested is what the engine requests"
         self._in_flight[Lane.DEMAND][fetch.request_id] = Sent(now, priority)
-        self.session.fetch_page(fetch)
         if self.engine.went(key if who is None else who, page, priority, since):
             self.session.pump(Lane.DEMAND)
-        return True
+
+    @property
+    def _generation(self) -> int:
+        """Of the memory that is asked for."""
+        assert self.session.lease is not None
+        return self.session.lease.generation
 
     # ---- the session's side ----------------------------------------------------------------------
 
@@ -419,24 +465,27 @@ class Pager:
             self._install(install, answer.data, answer.data_offset)
         self._answered(lane, lost_before, answer.refusals)
 
-    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
-        """The short way of most answers. What does not go well at once goes the long one."""
-        request_id, _, ((page, _),), _ = fetch
-        if self._installer is None or not self.engine.awaits(request_id, page):
-            return False
+    def page_came(self, data: bytes, position: int) -> LonePage | None:
+        """Puts the page of most answers into memory, at first hand; what does not go well goes the general way."""
+        if self._lone is None:
+            return None
         now = time.monotonic()
-        if not self._installer.install_page(page, came.data):
-            return False
-        waiters = self.engine.lone_installed(request_id, page)
-        sent = self._in_flight[Lane.DEMAND].pop(request_id)
-        self._trip = Trip(sent.at, now, (came.server_queue_us + came.server_read_us) * 1e-6)
+        came = self._lone.came(data, position)
+        if came is None:
+            return None
+        request_id, page, _, data_at, queue_us, read_us = came
+        waiters = self.engine.lone_installed(request_id, PageIndex(page))
+        sent = self._in_flight[Lane.DEMAND].pop(request_id, None)
+        if sent is not None:
+            self._trip = Trip(sent.at, now, (queue_us + read_us) * 1e-6)
+            self.stats.times.answered(sent, now)
         self._wake_all(waiters)
-        self.stats.times.answered(sent, now)
         if self._digest is not None:
-            self._digest.installed(PageRun(page, 1), came.data)
+            page_size = self.layout.region_of_page(page).page_size_bytes
+            self._digest.installed(PageRun(PageIndex(page), 1), data[data_at : data_at + page_size])
         self._trip = None
         self._ask_for_more(Lane.DEMAND)
-        return True
+        return came
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         now = time.monotonic()
@@ -505,6 +554,8 @@ class Pager:
     def lane_lost(self, lane: Lane) -> None:
         self.engine.lost(self._in_flight[lane])
         self._in_flight[lane].clear()
+        if lane is Lane.DEMAND and self._lone is not None:
+            self._lone.forget()
         if lane is not Lane.DEMAND:
             self.session.pump(Lane.DEMAND)  # threads may wait for pages that were in flight here
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 
-from farfault_client.engine import Fetch
-from farfault_client.session.answers import Answer, Placed
+from farfault_client.session.answers import Answer, LonePage, Placed
 from farfault_client.session.lane import Lane, LaneUser
 
 SILENCE_MAX_S = {Lane.DEMAND: 8.0, Lane.BACKGROUND: 20.0}
@@ -41,16 +39,18 @@ class AnswerWatch:
         self._done(answer.done)
         self._user.answered(lane, answer)
 
-    def page_sent(self, request_id: int) -> None:
-        """A request went out that the user was not asked for."""
-        self._sent_at[request_id] = self._clock()
+    def pages_sent(self, request_ids: Iterable[int]) -> None:
+        """Requests went out that the user was not asked for."""
+        now = self._clock()
+        for request_id in request_ids:
+            self._sent_at[request_id] = now
 
-    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
-        if not self._user.page_came(fetch, came):
-            return False
-        self._answered_at = self._clock()
-        self._sent_at.pop(fetch.request_id, None)
-        return True
+    def page_came(self, data: bytes, position: int) -> LonePage | None:
+        came = self._user.page_came(data, position)
+        if came is not None:
+            self._answered_at = self._clock()
+            self._sent_at.pop(came.request_id, None)
+        return came
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         self._done(placed.done)

@@ -42,6 +42,25 @@ class Answer(NamedTuple):
     server_read_us: int
 
 
+class LonePage(NamedTuple):
+    """A verified answer that brought one page and nothing else, and was dealt with at first hand.
+
+    Attributes:
+        request_id: that it answers.
+        page: of the guest.
+        end: of the answer's frame, within the bytes that came.
+        data_at: of the page, within the same.
+        server_queue_us, server_read_us: as of `Answer`.
+    """
+
+    request_id: int
+    page: int
+    end: int
+    data_at: int
+    server_queue_us: int
+    server_read_us: int
+
+
 class Placement(NamedTuple):
     """Pages that are in guest memory.
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from farfault.codec import varint
-from farfault.lone_page import ExpectedPage, request_message
 from farfault.v1 import pages_pb2 as pb
 from google.protobuf.message import DecodeError
 
-from farfault_client.engine import Fetch
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.frames import FRAME_SLACK_BYTES, LENGTH, frame, hello
 from farfault_client.session.grpc_lane import read_answer
@@ -47,7 +44,6 @@ class ExpressLane(asyncio.Protocol):
         self._welcome: asyncio.Future[None] = self._loop.create_future()
         self._pump_scheduled = False
         self._unanswered = 0
-        self._expected: dict[bytes, tuple[Fetch, ExpectedPage]] = {}  # by the request id as it travels
 
     @classmethod
     async def connect(
@@ -87,19 +83,15 @@ class ExpressLane(asyncio.Protocol):
             self._pump_scheduled = True
             self._loop.call_soon(self._send)
 
-    def fetch_page(self, fetch: Fetch) -> None:
-        """Sends a request for one page. An answer that brings it and nothing else is told by `LaneUser.page_came`, any
-        other as if the user had given the request to `pump`. Where the connection has just ended the request is lost,
-        as those are that were sent: the user is told of all of them by `LaneUser.lane_lost`."""
+    def send_pages(self, frames: bytes, count: int) -> None:
+        """Sends the frames of requests for one page each. The user is asked whether it knows their answers again
+        (`LaneUser.page_came`); those that it does not are told as if it had given the requests to `pump`. Where the
+        connection has just ended the requests are lost, as those are that were sent: `LaneUser.lane_lost`."""
         if self._ended.done():
             return  # a closed transport of uvloop's takes no bytes
-        request_id, priority, ((page, _),), size_bytes = fetch
-        region = self._lease.layout.region_of_page(page)
-        index, number = region.index, page - region.first_page
-        self._unanswered += 1
-        self._write(request_message(request_id, priority, index, number))
-        expected = ExpectedPage(request_id, index, number, size_bytes, self._lease.generation)
-        self._expected[varint(request_id)] = fetch, expected
+        assert self._transport is not None
+        self._unanswered += count
+        self._transport.write(frames)
 
     async def run(self) -> None:
         await self._ended
@@ -122,7 +114,7 @@ class ExpressLane(asyncio.Protocol):
                 return
             data = bytes(self._received)
             self._received.clear()
-        position, end = 0, len(data)
+        position, end = self._take_pages(data), len(data)
         self._needed = LENGTH.size
         while end - position >= LENGTH.size:
             (length,) = LENGTH.unpack_from(data, position)
@@ -157,32 +149,27 @@ class ExpressLane(asyncio.Protocol):
             self._let_in(message)
             return
         self._stats.wire_bytes += LENGTH.size + len(message)
-        if self._expected and self._is_expected_page(message):
-            return
         try:
             _, answer = read_answer(message, self._lease)
         except BadAnswerError as error:
             self._end(error)
             return
         self._unanswered -= len(answer.done)
-        if self._expected:
-            for request_id in answer.done:
-                self._expected.pop(varint(request_id), None)
         self._stats.answers += 1
         self._user.answered(Lane.DEMAND, answer)
 
-    def _is_expected_page(self, message: bytes) -> bool:
-        """Deals with the answer to a `fetch_page`, if it is the common one."""
-        entry = self._expected.pop(message[2 : 2 + message[1]], None) if len(message) > 1 else None
-        if entry is None:
-            return False
-        fetch, expected = entry
-        came = expected.read(message)
-        if came is None or not self._user.page_came(fetch, came):
-            return False
-        self._unanswered -= 1
-        self._stats.answers += 1
-        return True
+    def _take_pages(self, data: bytes) -> int:
+        """Lets the user take frames at the beginning that bring what he awaits. Returns where the next begins."""
+        position = 0
+        while self._unanswered and position < len(data):
+            came = self._user.page_came(data, position)
+            if came is None:
+                break
+            self._unanswered -= 1
+            self._stats.answers += 1
+            self._stats.wire_bytes += came.end - position
+            position = came.end
+        return position
 
     def _let_in(self, message: bytes) -> None:
         try:

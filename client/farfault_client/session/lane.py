@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 
-from farfault_client.engine import Fetch
-from farfault_client.session.answers import Answer, Placed
+from farfault_client.session.answers import Answer, LonePage, Placed
 
 
 class Lane(StrEnum):
@@ -66,8 +64,9 @@ class LaneUser(Protocol):
     def answered(self, lane: Lane, answer: Answer) -> None:
         """A verified answer. Its data is only valid during the call."""
 
-    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
-        """The verified answer to a `Session.fetch_page`. False: handle it as any other answer."""
+    def page_came(self, data: bytes, position: int) -> LonePage | None:
+        """Bytes of the demand lane: a frame may begin at `position` that answers a request of `Session.send_pages`.
+        If it does, it is dealt with within the call. None: it is to be read as any other."""
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         """A verified answer whose pages were put into the memory that `Session.place_into` named."""

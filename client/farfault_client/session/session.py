@@ -24,7 +24,6 @@ from farfault_shim.layout import Layout
 from farfault_client.bulk.lane import BulkHost, ProcessLane
 from farfault_client.bulk.messages import Target
 from farfault_client.bulk.shared_pages import SharedPages
-from farfault_client.engine import Fetch
 from farfault_client.session.answer_watch import AnswerWatch
 from farfault_client.session.answers import BadAnswerError
 from farfault_client.session.backoff import backoff
@@ -196,15 +195,15 @@ class Session:
 
     @property
     def takes_pages(self) -> bool:
-        """`fetch_page` may be used now."""
+        """`send_pages` may be used now."""
         return self._page_lane is not None
 
-    def fetch_page(self, fetch: Fetch) -> None:
-        """Sends a request for one page on the demand lane at once; see `ExpressLane.fetch_page`."""
+    def send_pages(self, frames: bytes, request_ids: Sequence[int]) -> None:
+        """Sends requests for one page each on the demand lane at once; see `ExpressLane.send_pages`."""
         assert self._page_lane is not None
         lane, watch = self._page_lane
-        lane.fetch_page(fetch)
-        watch.page_sent(fetch.request_id)
+        lane.send_pages(frames, len(request_ids))
+        watch.pages_sent(request_ids)
 
     @property
     def connected(self) -> bool:

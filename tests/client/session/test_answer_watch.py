@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
-from farfault_client.engine import Fetch, Priority
 from farfault_client.session.answer_watch import FORGOTTEN_MAX_S, SILENCE_MAX_S, AnswerWatch
-from farfault_client.session.answers import Answer
+from farfault_client.session.answers import Answer, LonePage
 from farfault_client.session.lane import Lane
 
-SPOILT = LonePage(b"", 0, 0)
+SPOILT, GOOD = b"spoilt", b"good"
 
 
 class User:
@@ -25,9 +23,9 @@ class User:
     def answered(self, lane: Lane, answer: Answer) -> None:
         self.told.append(answer.done)
 
-    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
-        self.told.append(fetch.request_id)
-        return came is not SPOILT
+    def page_came(self, data: bytes, position: int) -> LonePage | None:
+        self.told.append((data, position))
+        return None if data == SPOILT else LonePage(7, 0, 4, 0, 0, 0)
 
     def lane_lost(self, lane: Lane) -> None:
         self.told.append("lost")
@@ -94,11 +92,10 @@ def test_a_lost_lane_owes_nothing() -> None:
 def test_a_page_that_nobody_brings_is_noticed_and_one_that_came_is_not() -> None:
     user, clock = User(), Clock()
     watch = AnswerWatch(user, clock)
-    fetch = Fetch(7, Priority.VCPU, (), 4096)
-    watch.page_sent(7)
+    watch.pages_sent((7,))
     clock.now += SILENCE_MAX_S[Lane.DEMAND] + 1
-    assert not watch.page_came(fetch, SPOILT)
+    assert watch.page_came(SPOILT, 0) is None
     assert "no answer" in watch.complaint(Lane.DEMAND), "the answer is told again, the long way"
-    assert watch.page_came(fetch, LonePage(b"data", 0, 0))
+    assert watch.page_came(GOOD, 3) is not None
     assert watch.complaint(Lane.DEMAND) == ""
-    assert user.told == [7, 7]
+    assert user.told == [(SPOILT, 0), (GOOD, 3)]

@@ -168,16 +168,7 @@ class Userfaultfd:
             size_bytes = os.readv(self._descriptor, (data,))
         except BlockingIOError:
             return []
-        events: list[Fault | Removed] = []
-        for offset in range(0, size_bytes, abi.MESSAGE_BYTES):
-            event = data[offset]
-            if event == abi.EVENT_PAGEFAULT:
-                _, flags, address, thread_id = abi.MESSAGE.unpack_from(data, offset)
-                events.append(Fault(address, flags, thread_id))
-            elif event in (abi.EVENT_REMOVE, abi.EVENT_UNMAP):
-                _, start, end = abi.MESSAGE_RANGE.unpack_from(data, offset)
-                events.append(Removed(start, end))
-        return events
+        return parse_events(memoryview(data)[:size_bytes])
 
     def _run(self, request: int, argument: bytearray, done_at: int, size_bytes: int) -> CopyResult:
         try:
@@ -187,6 +178,20 @@ class Userfaultfd:
             done = int.from_bytes(argument[done_at : done_at + 8], "little", signed=True)
             return CopyResult(max(0, done), error.errno or errno.EIO)
         return CopyResult(size_bytes, 0)
+
+
+def parse_events(data: memoryview) -> list[Fault | Removed]:
+    """The events in what was read off a userfaultfd: whole messages."""
+    events: list[Fault | Removed] = []
+    for offset in range(0, len(data), abi.MESSAGE_BYTES):
+        event = data[offset]
+        if event == abi.EVENT_PAGEFAULT:
+            _, flags, address, thread_id = abi.MESSAGE.unpack_from(data, offset)
+            events.append(Fault(address, flags, thread_id))
+        elif event in (abi.EVENT_REMOVE, abi.EVENT_UNMAP):
+            _, start, end = abi.MESSAGE_RANGE.unpack_from(data, offset)
+            events.append(Removed(start, end))
+    return events
 
 
 def _create_descriptor() -> int:

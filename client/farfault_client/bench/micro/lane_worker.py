@@ -17,7 +17,6 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Final
 
-from farfault.lone_page import LonePage
 from farfault.v1 import pages_pb2 as pb
 from farfault_cli.errors import FarfaultError
 from farfault_shim.attach.wire import FaultSource, HandOver, HandOverRegion
@@ -29,7 +28,8 @@ from farfault_client.bulk.messages import Target
 from farfault_client.bulk.shared_pages import SharedPages
 from farfault_client.engine import Fetch, PageState, Priority
 from farfault_client.engine.states import encode
-from farfault_client.session.answers import Answer, Placed, request_of
+from farfault_client.receive.lone_faults import LoneFaults
+from farfault_client.session.answers import Answer, LonePage, Placed, request_of
 from farfault_client.session.connect import session_config
 from farfault_client.session.lane import Lane
 from farfault_client.session.session import Session
@@ -92,6 +92,7 @@ class FetchUser:
         self._layout = session.lease.layout
         self._count = count
         self._background = background
+        self._lone = LoneFaults.of(self._layout)
         self._asked_at = 0.0
         self._is_waiting = True
         self.took_s: list[float] = []
@@ -112,9 +113,11 @@ class FetchUser:
     def answered(self, lane: Lane, answer: Answer) -> None:
         self._came()
 
-    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
-        self._came()
-        return True
+    def page_came(self, data: bytes, position: int) -> LonePage | None:
+        came = self._lone.came(data, position) if self._lone is not None else None
+        if came is not None:
+            self._came()
+        return came
 
     def _next(self) -> Fetch:
         self._is_waiting = True
@@ -129,8 +132,13 @@ class FetchUser:
         self._is_waiting = False
         if len(self.took_s) >= self._count:
             self.finished.set()
-        elif self._session.takes_pages:
-            self._session.fetch_page(self._next())
+        elif self._session.takes_pages and self._lone is not None:
+            fetch = self._next()
+            assert self._session.lease is not None
+            generation = self._session.lease.generation
+            frame = self._lone.request(fetch.runs[0].first, fetch.request_id, fetch.priority, generation)
+            assert frame is not None
+            self._session.send_pages(frame, (fetch.request_id,))
         else:
             self._session.pump(Lane.DEMAND)
 
@@ -162,8 +170,8 @@ class BulkUser:
     def answered(self, lane: Lane, answer: Answer) -> None:
         raise FarfaultError("the background did not come through a process of its own")
 
-    def page_came(self, fetch: Fetch, came: LonePage) -> bool:
-        return False  # the demand lane is not used
+    def page_came(self, data: bytes, position: int) -> LonePage | None:
+        return None  # the demand lane is not used
 
     def placed(self, lane: Lane, placed: Placed) -> None:
         self._background.placed(placed)
