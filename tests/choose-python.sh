@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prints the Python that virtual environments are made of: 3.11 or later, and where there is one, built with
 # profile-guided optimisation, as distributions build theirs. Those that version managers compile often are not, and
-# then every fault takes a quarter longer. None that will do: python3, whose complaint says what is missing.
+# then every fault takes up to a fifth longer. None that will do: python3, whose complaint says what is missing.
 set -u
 cd "$(dirname "$0")/.." || exit
 

@@ -13,7 +13,7 @@ class PythonBuild(NamedTuple):
 
     Attributes:
         text: version and build, e.g. ``3.11.2, the distribution's build``.
-        is_optimised: with profile guidance; without it a fault takes a quarter longer.
+        is_optimised: with profile guidance; without it a fault takes up to a fifth longer.
     """
 
     text: str

@@ -131,7 +131,7 @@ def _python_item() -> Item:
     build = python_build()
     if build.is_optimised:
         return Item("Python", "build", State.OK, build.text)
-    remedy = "each fault takes a quarter longer than with the distribution's Python: install farfault with that"
+    remedy = "each fault takes up to a fifth longer than with the distribution's Python: install farfault with that"
     return Item("Python", "build", State.OPTIONAL, build.text, remedy)
 
 
