@@ -335,12 +335,15 @@ class Pager:
         if not taken.faults:
             return taken.events
         self.session.send_pages(taken.frames, range(first_id, first_id + len(taken.faults)))
-        now = time.monotonic()
-        for page, thread_id in taken.faults:
+        now, have_neighbours = time.monotonic(), False
+        for request_id, (page, thread_id) in enumerate(taken.faults, first_id):
             is_vcpu = self._is_vcpu(thread_id)
             self.stats.count("uffd_vcpu" if is_vcpu else "uffd_vmm")
             self.working_set.missed(page)
-            self._requested(PageKey(page), page, _VCPU if is_vcpu else _VMM, now, now, thread_id)
+            priority = _VCPU if is_vcpu else _VMM
+            have_neighbours |= self._requested(request_id, PageKey(page), page, priority, now, now, thread_id)
+        if have_neighbours:  # not before: their requests take the next numbers
+            self.session.pump(Lane.DEMAND)
         return taken.events
 
     def _missed(self, fault: Fault) -> None:
@@ -393,8 +396,9 @@ class Pager:
         for page in pages:
             if self.engine.pages.is_absent(page):
                 self.working_set.missed(page)
-        if len(pages) == 1 and self._request_lone(key, pages[0], priority):
-            self._requested(key, pages[0], priority, since, now, who)
+        if len(pages) == 1 and (request_id := self._request_lone(key, pages[0], priority)):
+            if self._requested(request_id, key, pages[0], priority, since, now, who):
+                self.session.pump(Lane.DEMAND)
             return
         answer = self.engine.fault(key, pages, priority, since, who)
         if answer.ready:
@@ -410,27 +414,39 @@ class Pager:
             self._install_zero(page)
         self.session.pump(Lane.DEMAND)
 
-    def _request_lone(self, key: VcpuKey | PageKey, page: PageIndex, priority: Priority) -> bool:
-        """Requests the page of most faults at first hand; then `_requested`. False: it is no such fault."""
+    def _request_lone(self, key: VcpuKey | PageKey, page: PageIndex, priority: Priority) -> int:
+        """Requests the page of most faults at first hand; then `_requested`. Returns the request's id; 0: it is no such
+        fault."""
         lone, engine, session = self._lone, self.engine, self.session
         if lone is None or not session.takes_pages or not engine.takes_lone or engine.waits(key):
-            return False
+            return 0
         request_id = engine.next_request_id
         frame = lone.request(page, request_id, priority, self._generation)
         if frame is None:
-            return False
+            return 0
         session.send_pages(frame, (request_id,))
-        return True
+        return request_id
 
     def _requested(
-        self, key: VcpuKey | PageKey, page: PageIndex, priority: Priority, since: float, now: float, who: int | None
-    ) -> None:
-        """Takes account of a fault whose page was requested at first hand; arguments as of `_fault`."""
+        self,
+        request_id: int,
+        key: VcpuKey | PageKey,
+        page: PageIndex,
+        priority: Priority,
+        since: float,
+        now: float,
+        who: int | None,
+    ) -> bool:
+        """Takes account of a fault whose page was requested at first hand; other arguments as of `_fault`.
+
+        Returns:
+            Neighbours wait to be requested.
+        """
         fetch = self.engine.lone_fault(key, page, priority, since)
         assert fetch is not None, "what was requested is what the engine requests"
-        self._in_flight[Lane.DEMAND][fetch.request_id] = Sent(now, priority)
-        if self.engine.went(key if who is None else who, page, priority, since):
-            self.session.pump(Lane.DEMAND)
+        assert fetch.request_id == request_id, "under the same number"
+        self._in_flight[Lane.DEMAND][request_id] = Sent(now, priority)
+        return self.engine.went(key if who is None else who, page, priority, since)
 
     @property
     def _generation(self) -> int:
