@@ -29,24 +29,18 @@ from farfault_shim.exits.classifier import (
 )
 from farfault_shim.exits.classifier import Fetch as FetchDecision
 from farfault_shim.exits.page_tables import TABLE_BYTES, PageTableWalk
-from farfault_shim.install.installer import (
-    DrainEvents,
-    FileInstaller,
-    Installer,
-    InstallError,
-    InstallResult,
-    UffdInstaller,
-)
+from farfault_shim.install.installer import FileInstaller, Installer, InstallError, UffdInstaller
 from farfault_shim.layout import Gpa, Layout, PageIndex, PageRun
 from farfault_shim.uffd.userfaultfd import Fault, Removed
 
 from farfault_client.bulk.messages import Target
 from farfault_client.bulk.shared_pages import SharedPages
-from farfault_client.engine import EngineConfig, FaultEngine, Install, PageState, Priority, Waiter
+from farfault_client.engine import EngineConfig, FaultEngine, PageState, Priority, Waiter
 from farfault_client.engine.page_map import PageMap
 from farfault_client.metrics.slow_faults import SlowFaults
 from farfault_client.receive.digest import RamDigest
 from farfault_client.receive.fault_times import FaultResult, FaultTimes, Sent, Trip
+from farfault_client.receive.installing import Installing
 from farfault_client.receive.lone_faults import LoneFaults
 from farfault_client.receive.working_set import WorkingSet
 from farfault_client.session.answers import Answer, LonePage, Placed, request_of
@@ -57,10 +51,6 @@ logger = logging.getLogger(__name__)
 
 EVENTS_PER_WAKEUP_MAX = 1024
 """userfaultfd events taken in one go before other work gets its turn."""
-DRAIN_ATTEMPTS_MAX = 100_000
-"""Times that one install is tried again after a userfaultfd event had to be read first: at least 5 s."""
-DRAIN_PAUSE_S = 50e-6
-"""Between two tries: the kernel refuses until the thread whose event was read has run again (mmap_changing)."""
 BACKGROUND_RETRY_S = 0.001
 """The background lane asks the engine again after this long when its window or cap was closed."""
 TIDS_AGE_MAX_S = 0.1
@@ -157,6 +147,7 @@ class Pager:
         self.last_refusal = ""
         self._vmm: AttachedVmm | None = None
         self._installer: Installer | None = None
+        self._installing: Installing | None = None
         self._lone: LoneFaults | None = None
         self._classifier: ExitClassifier | None = None
         self._pending: dict[int, Pending] = {}
@@ -185,7 +176,10 @@ class Pager:
                 f"{layout_text(self.layout)}"
             )
         self._vmm = vmm
-        self._installer = _installer_of(vmm, self._shared)
+        self._installer = installer = _installer_of(vmm, self._shared)
+        self._installing = Installing(
+            vmm.layout, self.engine, installer, self._digest, self._read_events, self._wake_all
+        )
         if vmm.uffd is not None:
             self._lone = LoneFaults.of(vmm.layout, vmm.handover, vmm.uffd, vmm.alias_uffd, self._shared)
         self.session.place_into(*_target_of(vmm, with_digest=self._digest is not None))
@@ -202,7 +196,7 @@ class Pager:
         if self._vmm is not None and self._vmm.uffd is not None:
             asyncio.get_running_loop().remove_reader(self._vmm.uffd.fileno())
         self._vmm = None
-        self._installer = None
+        self._installer = self._installing = None
         self._lone = None
         self.session.place_into(None)
 
@@ -322,8 +316,7 @@ class Pager:
             with self._shared.first:
                 events = self._vmm.uffd.read_events(EVENTS_PER_WAKEUP_MAX)
                 awaited = self._remove_all(events)
-        for page in awaited:
-            self._install_zero(page)
+        self._install_zeros(awaited)
         for event in events:
             if isinstance(event, Fault):
                 self._missed(event)
@@ -410,8 +403,7 @@ class Pager:
             self.stats.times.resolved(priority, since, now, None, FaultResult.PRESENT)
             self._restart(Waiter(key, priority, since, tuple(pages)))
             return
-        for page in answer.zero_pages:
-            self._install_zero(page)
+        self._install_zeros(answer.zero_pages)
         self.session.pump(Lane.DEMAND)
 
     def _request_lone(self, key: VcpuKey | PageKey, page: PageIndex, priority: Priority) -> int:
@@ -473,12 +465,12 @@ class Pager:
     def answered(self, lane: Lane, answer: Answer) -> None:
         now = time.monotonic()
         self._note_trip(lane, answer, now)
-        if self._installer is None:
+        if self._installing is None:
             self.engine.lost(answer.done)
             return
         lost_before = self.engine.stats.lost_pages
         for install in self.engine.arrived(answer.extents, answer.done, now):
-            self._install(install, answer.data, answer.data_offset)
+            self._installing.install(install, answer.data, answer.data_offset)
         self._answered(lane, lost_before, answer.refusals)
 
     def page_came(self, data: bytes, position: int) -> LonePage | None:
@@ -515,11 +507,11 @@ class Pager:
             woken = self.engine.placed(run, existed=existed)
             if woken:
                 self._wake_all(woken)
-        if self._installer is None:
+        if self._installing is None:
             self.engine.lost(placed.done)
             return
         for install in self.engine.arrived(placed.extents, placed.done, now):
-            self._install(install, b"")
+            self._installing.install(install, b"")
         self.engine.stats.clipped_pages += placed.clipped_pages
         self._answered(lane, lost_before, placed.refusals)
 
@@ -589,80 +581,17 @@ class Pager:
         self._background_timer = None
         self.session.pump(Lane.BACKGROUND)
 
-    # ---- into memory -----------------------------------------------------------------------------
-
-    def _install(self, order: Install, data: bytes, base: int = 0) -> None:
-        """Puts pages into memory that the engine ordered; their bytes begin `base` + ``order.data_offset`` into `data`.
-
-        Events may have to be read in between; what they remove is left out of the rest.
-        """
-        run, idle = order.run, 0
-        while run.count and (parts := self.engine.to_install(run)):
-            part = parts[0]
-            offset = order.data_offset
-            if offset >= 0:
-                page_size = self.layout.region_of_page(part.first).page_size_bytes
-                offset += base + (part.first - order.run.first) * page_size
-            done = self._try_install(part, data, offset)
-            idle = 0 if done else idle + 1
-            if idle > DRAIN_ATTEMPTS_MAX:
-                raise RuntimeError(f"page {part.first}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
-            run = PageRun(PageIndex(part.first + done), run.end - part.first - done)
-
-    def _install_zero(self, page: PageIndex) -> None:
-        """A thread waits for a page that was removed: it finds zeros."""
-        for _ in range(DRAIN_ATTEMPTS_MAX):
-            if self._try_install(PageRun(page, 1), b"", -1):
-                return
-        raise RuntimeError(f"page {page}: userfaultfd asked to drain events {DRAIN_ATTEMPTS_MAX} times")
-
-    def _try_install(self, run: PageRun, data: bytes, data_offset: int) -> int:
-        """Installs a run as far as it goes at once; zero pages where `data_offset` is negative. Returns pages done."""
-        assert self._installer is not None
-        zero = data_offset < 0
-        try:
-            result = self._installer.install_zero(run) if zero else self._installer.install(run, data, data_offset)
-        except DrainEvents as drain:
-            # What is in place came before the events, so it is told before them.
-            self._sum(drain.partial, run, data, data_offset)
-            done = self._installed(drain.partial, zero=zero)
-            self._read_events()
-            time.sleep(DRAIN_PAUSE_S)
-            return done
-        except InstallError as error:
-            self._sum(error.partial, run, data, data_offset)
-            self._installed(error.partial, zero=zero)
-            self.engine.not_installed(run)
-            raise
-        self._sum(result, run, data, data_offset)
-        return self._installed(result, zero=zero)
-
-    def _sum(self, result: InstallResult, run: PageRun, data: bytes, data_offset: int) -> None:
-        """Adds what was installed of a run to the digest, if there is one."""
-        if self._digest is None:
-            return
-        for part in result.existed:
-            self._digest.leave_out(part)
-        if data_offset < 0:
-            return
-        page_size = self.layout.region_of_page(run.first).page_size_bytes
-        for part in result.installed:
-            begin = data_offset + (part.first - run.first) * page_size
-            self._digest.installed(part, data[begin : begin + part.count * page_size])
+    def _install_zeros(self, pages: Iterable[PageIndex]) -> None:
+        """Threads wait for pages that were removed."""
+        for page in pages:
+            assert self._installing is not None
+            self._installing.install_zero(page)
 
     def _leave_out(self, run: PageRun) -> None:
         if self._digest is not None:
             self._digest.leave_out(run)
 
-    def _installed(self, result: InstallResult, *, zero: bool) -> int:
-        done = 0
-        for run in result.installed:
-            done += run.count
-            self._wake_all(self.engine.installed(run, zero=zero))
-        for run in result.existed:
-            done += run.count
-            self._wake_all(self.engine.installed(run, existed=True))
-        return done
+    # ---- threads go on ---------------------------------------------------------------------------
 
     def _wake_all(self, waiters: list[Waiter]) -> None:
         trip = self._trip

@@ -64,9 +64,6 @@ class Installer(Protocol):
             DrainEvents, VmmGone, NoSpace: with the part that was done.
         """
 
-    def install_page(self, page: PageIndex, data: bytes) -> bool:
-        """Installs one page. False: it could not be, for whatever reason; `install` tells."""
-
     def install_zero(self, run: PageRun) -> InstallResult:
         """Installs zero pages; raises as `install`."""
 
@@ -113,10 +110,6 @@ class UffdInstaller:
             return uffd.copy(address + done_bytes, data, data_offset + done_bytes, size_bytes)
 
         return _repeat(copy, run, page_size)
-
-    def install_page(self, page: PageIndex, data: bytes) -> bool:
-        _, uffd, address = self._target(page)
-        return uffd.copy(address, data, 0, len(data)).error == 0
 
     def install_zero(self, run: PageRun) -> InstallResult:
         region, uffd, address = self._target(run.first)
@@ -248,11 +241,6 @@ class FileInstaller:
             begin = data_offset + index * region.page_size_bytes
             self._write(PageIndex(run.first + index), region, data[begin : begin + region.page_size_bytes], result)
         return result
-
-    def install_page(self, page: PageIndex, data: bytes) -> bool:
-        result = InstallResult()
-        self._write(page, self._layout.region_of_page(page), data, result)
-        return bool(result.installed)
 
     def install_zero(self, run: PageRun) -> InstallResult:
         region = self._layout.region_of_page(run.first)
