@@ -87,12 +87,14 @@ struct lone_faults {
     struct region regions[];
 };
 
-EXPORT void farfault_lone_free(struct lone_faults *lone) {
+EXPORT void farfault_lone_free(struct lone_faults *lone)
+{
     free(lone);
 }
 
 EXPORT struct lone_faults *farfault_lone_new(const struct config *config, const struct region *regions,
-                                             uint64_t region_count) {
+                                             uint64_t region_count)
+{
     struct lone_faults *lone = calloc(1, sizeof(*lone) + region_count * sizeof(*regions));
     if (!lone)
         return NULL;
@@ -103,31 +105,36 @@ EXPORT struct lone_faults *farfault_lone_new(const struct config *config, const 
 }
 
 /* Names the threads that are vCPUs; those over THREADS_MAX are not known as such. */
-EXPORT void farfault_lone_threads(struct lone_faults *lone, const uint32_t *threads, uint64_t count) {
+EXPORT void farfault_lone_threads(struct lone_faults *lone, const uint32_t *threads, uint64_t count)
+{
     lone->thread_count = count < THREADS_MAX ? count : THREADS_MAX;
     memcpy(lone->threads, threads, lone->thread_count * sizeof(*threads));
 }
 
 /* No answer is expected any more: the connection that would have brought them has ended. */
-EXPORT void farfault_lone_forget(struct lone_faults *lone) {
+EXPORT void farfault_lone_forget(struct lone_faults *lone)
+{
     memset(lone->expected, 0, sizeof(lone->expected));
 }
 
-static int is_vcpu(const struct lone_faults *lone, uint32_t thread) {
+static int is_vcpu(const struct lone_faults *lone, uint32_t thread)
+{
     for (size_t index = 0; index < lone->thread_count; index++)
         if (lone->threads[index] == thread)
             return 1;
     return 0;
 }
 
-static const struct region *region_of_page(const struct lone_faults *lone, uint64_t page) {
+static const struct region *region_of_page(const struct lone_faults *lone, uint64_t page)
+{
     for (size_t index = 0; index < lone->region_count; index++)
         if (page - lone->regions[index].first_page < lone->regions[index].page_count)
             return &lone->regions[index];
     return NULL;
 }
 
-static const struct region *region_of_address(const struct lone_faults *lone, uint64_t address) {
+static const struct region *region_of_address(const struct lone_faults *lone, uint64_t address)
+{
     for (size_t index = 0; index < lone->region_count; index++) {
         const struct region *region = &lone->regions[index];
         if (address - region->base_hva < region->page_count * region->page_bytes)
@@ -138,9 +145,11 @@ static const struct region *region_of_address(const struct lone_faults *lone, ui
 
 /* Writes a request and remembers it. Returns its length. */
 static size_t request(struct lone_faults *lone, const struct region *region, uint64_t page, uint64_t id,
-                      uint64_t priority, uint64_t generation, uint8_t *frame) {
+                      uint64_t priority, uint64_t generation, uint8_t *frame)
+{
     struct expected *expected = &lone->expected[id % EXPECTED_MAX];
-    expected->request = (struct lone_request){id, priority, (uint64_t)(region - lone->regions), page - region->first_page};
+    uint64_t number = (uint64_t)(region - lone->regions);
+    expected->request = (struct lone_request){id, priority, number, page - region->first_page};
     expected->region = region;
     expected->generation = generation;
     return lone_request_write(frame, &expected->request);
@@ -151,7 +160,8 @@ static size_t request(struct lone_faults *lone, const struct region *region, uin
  * no such page, or a large one.
  */
 EXPORT uint64_t farfault_lone_request(struct lone_faults *lone, uint64_t page, uint64_t id, uint64_t priority,
-                                      uint64_t generation, uint8_t *frame) {
+                                      uint64_t generation, uint8_t *frame)
+{
     const struct region *region = region_of_page(lone, page);
     if (!region || region->page_bytes > LONE_BYTES_MAX)
         return 0;
@@ -160,7 +170,8 @@ EXPORT uint64_t farfault_lone_request(struct lone_faults *lone, uint64_t page, u
     return request(lone, region, page, id, priority, generation, frame);
 }
 
-static int take_lock(const struct config *config) {
+static int take_lock(const struct config *config)
+{
     if (config->lock < 0)
         return 0;
     volatile uint8_t *wanted = config->states + config->page_count;
@@ -173,13 +184,15 @@ static int take_lock(const struct config *config) {
     return failed;
 }
 
-static void leave_lock(const struct config *config) {
+static void leave_lock(const struct config *config)
+{
     struct flock whole = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
     if (config->lock >= 0)
         fcntl((int)config->lock, F_SETLK, &whole);
 }
 
-static int is_taken(const struct taken *taken, uint64_t page) {
+static int is_taken(const struct taken *taken, uint64_t page)
+{
     for (uint64_t index = 0; index < taken->count; index++)
         if (taken->faults[index].page == page)
             return 1;
@@ -188,7 +201,8 @@ static int is_taken(const struct taken *taken, uint64_t page) {
 
 /* Requests the page of an event, if that is all that the event asks for. */
 static int take_one(struct lone_faults *lone, const struct uffd_msg *event, uint64_t id, uint64_t generation,
-                    struct taken *taken) {
+                    struct taken *taken)
+{
     uint64_t address = event->arg.pagefault.address;
     const struct region *region = region_of_address(lone, address);
     if (!region || region->page_bytes > LONE_BYTES_MAX)
@@ -211,7 +225,8 @@ static int take_one(struct lone_faults *lone, const struct uffd_msg *event, uint
  * farfault_lone_leave. Returns 0 or an errno.
  */
 EXPORT int farfault_lone_take(struct lone_faults *lone, uint64_t first_id, uint64_t generation, int may_request,
-                              struct taken *taken, int *kept) {
+                              struct taken *taken, int *kept)
+{
     taken->count = taken->frame_bytes = taken->rest_at = taken->event_bytes = 0;
     *kept = 0;
     if (take_lock(&lone->config))
@@ -235,11 +250,13 @@ EXPORT int farfault_lone_take(struct lone_faults *lone, uint64_t first_id, uint6
 }
 
 /* Lets go of what `farfault_lone_take` kept. */
-EXPORT void farfault_lone_leave(struct lone_faults *lone) {
+EXPORT void farfault_lone_leave(struct lone_faults *lone)
+{
     leave_lock(&lone->config);
 }
 
-static int install(const struct config *config, const struct expected *expected, const uint8_t *data) {
+static int install(const struct config *config, const struct expected *expected, const uint8_t *data)
+{
     const struct region *region = expected->region;
     if (config->install_uffd < 0)
         return 1;
@@ -256,7 +273,8 @@ static int install(const struct config *config, const struct expected *expected,
  * is checked and put into memory. Returns 0 if not, or if that failed: then it is an answer as any other.
  */
 EXPORT int farfault_lone_came(struct lone_faults *lone, const uint8_t *bytes, uint64_t length, uint64_t position,
-                              struct came *came) {
+                              struct came *came)
+{
     const struct config *config = &lone->config;
     uint64_t id = lone_answer_id(bytes + position, length - position);
     struct expected *expected = &lone->expected[id % EXPECTED_MAX];

@@ -9,7 +9,7 @@ $(LIBRARY): $(SOURCES) $(MESSAGES)lone_page.c $(MESSAGES)lone_page.h $(MESSAGES)
 	@if echo '#include <xxhash.h>' | $(CC) -E -x c - >/dev/null 2>&1; then \
 	    mkdir -p $(dir $@) && echo "==> $(notdir $@)" && \
 	    $(CC) $(CFLAGS) -shared -o $@ $(SOURCES) $(MESSAGES)lone_page.c -Wl,-z,now,-z,relro; \
-	else echo "==> no $(notdir $@): xxhash.h is missing (apt-get install libxxhash-dev); faults take the longer way, in Python"; fi
+	else echo "==> no $(notdir $@): xxhash.h is missing (apt-get install libxxhash-dev); faults take longer"; fi
 
 clean:
 	@rm -f $(LIBRARY)

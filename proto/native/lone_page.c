@@ -1,4 +1,4 @@
-/* Messages for one page; see lone_page.h. Field numbers are those of pages.proto, the checksum is farfault.checksum's. */
+/* Messages for one page; see lone_page.h. Field numbers are pages.proto's, the checksum is farfault.checksum's. */
 #define XXH_INLINE_ALL
 #include "lone_page.h"
 
@@ -22,7 +22,8 @@ enum {
 };
 enum { VARINT_MAX = 10, CHECKSUM_BYTES = 8, EXTENT_KIND_DATA = 0 };
 
-static size_t put_varint(uint8_t *out, uint64_t value) {
+static size_t put_varint(uint8_t *out, uint64_t value)
+{
     size_t length = 0;
     for (; value > 0x7f; value >>= 7)
         out[length++] = (uint8_t)(value | 0x80);
@@ -31,7 +32,8 @@ static size_t put_varint(uint8_t *out, uint64_t value) {
 }
 
 /* A field that is left out where it is 0, as proto3 has it. */
-static size_t put_field(uint8_t *out, uint8_t tag, uint64_t value) {
+static size_t put_field(uint8_t *out, uint8_t tag, uint64_t value)
+{
     if (!value)
         return 0;
     out[0] = tag;
@@ -39,7 +41,8 @@ static size_t put_field(uint8_t *out, uint8_t tag, uint64_t value) {
 }
 
 /* Returns the bytes that a number takes; 0: it is cut short, or longer than need be. */
-static size_t get_varint(const uint8_t *bytes, size_t length, uint64_t *value) {
+static size_t get_varint(const uint8_t *bytes, size_t length, uint64_t *value)
+{
     *value = 0;
     for (size_t index = 0; index < length && index < VARINT_MAX; index++) {
         *value |= (uint64_t)(bytes[index] & 0x7f) << (7 * index);
@@ -49,7 +52,8 @@ static size_t get_varint(const uint8_t *bytes, size_t length, uint64_t *value) {
     return 0;
 }
 
-static size_t get_field(const uint8_t *bytes, size_t length, uint8_t tag, uint64_t *value) {
+static size_t get_field(const uint8_t *bytes, size_t length, uint8_t tag, uint64_t *value)
+{
     *value = 0;
     if (!length || bytes[0] != tag)
         return 0;
@@ -57,17 +61,20 @@ static size_t get_field(const uint8_t *bytes, size_t length, uint8_t tag, uint64
     return used ? 1 + used : 0;
 }
 
-static void put_length(uint8_t *out, size_t length) {
+static void put_length(uint8_t *out, size_t length)
+{
     for (int index = 0; index < LENGTH_BYTES; index++)
         out[index] = (uint8_t)(length >> (8 * index));
 }
 
-static size_t get_length(const uint8_t *bytes) {
+static size_t get_length(const uint8_t *bytes)
+{
     return (size_t)bytes[0] | (size_t)bytes[1] << 8 | (size_t)bytes[2] << 16 | (size_t)bytes[3] << 24;
 }
 
 /* Where one page is: a PageRange, or an Extent with data, behind its length. */
-static size_t put_place(uint8_t *out, const struct lone_request *request) {
+static size_t put_place(uint8_t *out, const struct lone_request *request)
+{
     size_t length = 1;
     length += put_field(out + length, PLACE_REGION_TAG, request->region);
     length += put_field(out + length, PLACE_PAGE_TAG, request->page);
@@ -76,7 +83,8 @@ static size_t put_place(uint8_t *out, const struct lone_request *request) {
     return length;
 }
 
-size_t lone_request_write(uint8_t *frame, const struct lone_request *request) {
+size_t lone_request_write(uint8_t *frame, const struct lone_request *request)
+{
     size_t length = LENGTH_BYTES;
     length += put_field(frame + length, REQUEST_ID_TAG, request->id);
     length += put_field(frame + length, REQUEST_PRIORITY_TAG, request->priority);
@@ -86,7 +94,8 @@ size_t lone_request_write(uint8_t *frame, const struct lone_request *request) {
     return length;
 }
 
-int lone_request_read(const uint8_t *message, size_t length, struct lone_request *request) {
+int lone_request_read(const uint8_t *message, size_t length, struct lone_request *request)
+{
     size_t at = get_field(message, length, REQUEST_ID_TAG, &request->id), used;
     if (!at || !(used = get_field(message + at, length - at, REQUEST_PRIORITY_TAG, &request->priority)))
         return 0;
@@ -100,7 +109,8 @@ int lone_request_read(const uint8_t *message, size_t length, struct lone_request
 }
 
 /* What precedes the checksum of an answer. */
-static size_t put_front(uint8_t *out, const struct lone_request *request) {
+static size_t put_front(uint8_t *out, const struct lone_request *request)
+{
     size_t length = 2 + put_varint(out + 2, request->id);
     out[0] = DONE_TAG;
     out[1] = (uint8_t)(length - 2);
@@ -109,7 +119,8 @@ static size_t put_front(uint8_t *out, const struct lone_request *request) {
 }
 
 static uint64_t checksum(const uint8_t *page, size_t page_bytes, const struct lone_request *request,
-                         uint64_t generation) {
+                         uint64_t generation)
+{
     const uint64_t places[] = {generation, 1, request->id, request->region, request->page, 1, EXTENT_KIND_DATA};
     uint8_t packed[sizeof(places)];
     for (size_t index = 0; index < sizeof(packed); index++)
@@ -118,7 +129,8 @@ static uint64_t checksum(const uint8_t *page, size_t page_bytes, const struct lo
 }
 
 size_t lone_answer_write(uint8_t *buffer, size_t page_bytes, const struct lone_request *request, uint64_t generation,
-                         uint64_t read_us, size_t *frame_bytes) {
+                         uint64_t read_us, size_t *frame_bytes)
+{
     uint8_t head[ANSWER_SLACK_MAX], *page = buffer + ANSWER_SLACK_MAX;
     uint64_t sum = checksum(page, page_bytes, request, generation);
     size_t head_bytes = LENGTH_BYTES, tail_bytes = 0;
@@ -137,7 +149,8 @@ size_t lone_answer_write(uint8_t *buffer, size_t page_bytes, const struct lone_r
     return ANSWER_SLACK_MAX - head_bytes;
 }
 
-uint64_t lone_answer_id(const uint8_t *bytes, size_t length) {
+uint64_t lone_answer_id(const uint8_t *bytes, size_t length)
+{
     uint64_t id;
     if (length < LENGTH_BYTES + 2 || bytes[LENGTH_BYTES] != DONE_TAG)
         return 0;
@@ -148,7 +161,8 @@ uint64_t lone_answer_id(const uint8_t *bytes, size_t length) {
 }
 
 int lone_answer_read(const uint8_t *bytes, size_t length, const struct lone_request *request, size_t page_bytes,
-                     uint64_t generation, struct lone_answer *answer) {
+                     uint64_t generation, struct lone_answer *answer)
+{
     uint8_t expected[ANSWER_SLACK_MAX];
     if (length < LENGTH_BYTES || get_length(bytes) > length - LENGTH_BYTES)
         return 0;

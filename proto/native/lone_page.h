@@ -41,7 +41,7 @@ size_t lone_request_write(uint8_t *frame, const struct lone_request *request);
 int lone_request_read(const uint8_t *message, size_t length, struct lone_request *request);
 
 /*
- * Makes a frame of the page that lies ANSWER_SLACK_MAX into `buffer`; what precedes and follows it is written around it.
+ * Makes a frame of the page that lies ANSWER_SLACK_MAX into `buffer`: writes what precedes and follows it around it.
  * Returns where the frame begins within the buffer, and its length in `frame_bytes`.
  */
 size_t lone_answer_write(uint8_t *buffer, size_t page_bytes, const struct lone_request *request, uint64_t generation,

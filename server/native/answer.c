@@ -1,5 +1,4 @@
 /* Answers a request for one page that has data: reads it from its file, and makes the frame that is sent. */
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -22,19 +21,22 @@ struct answered {
     uint64_t read_us;
 };
 
-static uint64_t now_us(void) {
+static uint64_t now_us(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }
 
-static int is_zero(const uint8_t *page, size_t page_bytes) {
+static int is_zero(const uint8_t *page, size_t page_bytes)
+{
     return !page[0] && !memcmp(page, page + 1, page_bytes - 1);
 }
 
 /* The buffer holds LONE_BYTES_MAX and ANSWER_SLACK_MAX before and behind it. Returns 0 where it is no such request. */
 EXPORT int farfault_answer(const struct region *regions, uint64_t region_count, uint64_t generation,
-                           const uint8_t *message, uint64_t length, uint8_t *buffer, struct answered *answered) {
+                           const uint8_t *message, uint64_t length, uint8_t *buffer, struct answered *answered)
+{
     struct lone_request request;
     uint64_t started_us = now_us();
     if (!lone_request_read(message, length, &request) || request.region >= region_count)
@@ -51,7 +53,8 @@ EXPORT int farfault_answer(const struct region *regions, uint64_t region_count, 
     answered->priority = request.priority;
     answered->read_us = now_us() - started_us;
     size_t frame_bytes;
-    answered->begin = lone_answer_write(buffer, region->page_bytes, &request, generation, answered->read_us, &frame_bytes);
+    answered->begin =
+        lone_answer_write(buffer, region->page_bytes, &request, generation, answered->read_us, &frame_bytes);
     answered->frame_bytes = frame_bytes;
     return 1;
 }

@@ -264,9 +264,7 @@ def test_any_requests_are_answered_once_and_right(contents, requests, batch_page
 # ---- the short way of a lone request --------------------------------------------------------------------
 
 
-has_library = pytest.mark.skipif(
-    not lone_answers.LIBRARY.exists(), reason="no library: make native, with libxxhash-dev"
-)
+has_library = pytest.mark.skipif(not lone_answers.LIBRARY.exists(), reason="make native, with libxxhash-dev")
 
 
 @pytest.fixture
