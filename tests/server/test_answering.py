@@ -55,7 +55,8 @@ def page(number: int) -> bytes:
 
 def answering(*regions: PageRegion, **limits: int) -> Answering:
     memory = ServedMemory(regions, readable=True, generation=9)
-    return Answering(memory, LaneLimits(**limits), LaneStats(), clock_us=lambda: 1000)
+    lone = lone_answers.LoneAnswers(regions)
+    return Answering(memory, LaneLimits(**limits), LaneStats(), clock_us=lambda: 1000, lone=lone)
 
 
 def request(request_id: int, *ranges: tuple[int, int, int], priority: int = pb.PRIORITY_VCPU) -> bytes:

@@ -13,6 +13,7 @@ from farfault_server.clock import clock_us
 from farfault_server.express.connection import ExpressConnection
 from farfault_server.lanes.answering import Answering
 from farfault_server.lanes.limits import LaneLimits
+from farfault_server.lanes.lone_answers import LoneAnswers
 from farfault_server.lanes.stats import LaneStats
 from farfault_server.lanes.streams import Streams
 from farfault_server.leases.keeper import LeaseKeeper
@@ -38,6 +39,10 @@ class ExpressListener:
     port: int = 0
     _connections: set[ExpressConnection] = field(default_factory=set)
     _server: asyncio.Server | None = None
+    _lone: LoneAnswers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lone = LoneAnswers(self.keeper.memory.regions)
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
         """Listens.
@@ -83,4 +88,4 @@ class ExpressListener:
 
     def new_core(self) -> Answering:
         """For a client that was let in."""
-        return Answering(self.keeper.memory, self.limits, self.stats, clock_us)
+        return Answering(self.keeper.memory, self.limits, self.stats, clock_us, self._lone)

@@ -74,13 +74,21 @@ class Answering:
         limits: what the client was told.
         stats: counted here.
         clock_us: a monotonic clock.
+        lone: answers requests for one page at once; streams may share it. None: `lone_answer` has none.
     """
 
-    def __init__(self, memory: ServedMemory, limits: LaneLimits, stats: LaneStats, clock_us: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        memory: ServedMemory,
+        limits: LaneLimits,
+        stats: LaneStats,
+        clock_us: Callable[[], int],
+        lone: LoneAnswers | None = None,
+    ) -> None:
         geometry = [(region.size_bytes // region.page_size_bytes, region.page_size_bytes) for region in memory.regions]
         self.line = WaitingLine(geometry, limits)
         self._memory = memory
-        self._lone = LoneAnswers(memory.regions)
+        self._lone = lone
         self._limits = limits
         self._stats = stats
         self._clock_us = clock_us
@@ -103,7 +111,9 @@ class Answering:
             To be sent; then say `lone_answered`. None: it is something else, for `receive`.
         """
         memory = self._memory
-        return None if self.line or not memory.readable else self._lone.answer(message, memory.generation)
+        if self._lone is None or self.line or not memory.readable:
+            return None
+        return self._lone.answer(message, memory.generation)
 
     def lone_answered(self, answer: LoneAnswer) -> None:
         """Counts what was sent: a thread waits for it."""

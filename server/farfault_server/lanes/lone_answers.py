@@ -55,7 +55,7 @@ def _function() -> ctypes._NamedFuncPointer | None:
 
 
 class LoneAnswers:
-    """Answers one stream's requests for a page of these regions.
+    """Answers requests for a page of these regions, of any number of streams: nothing is kept between two calls.
 
     Args:
         regions: in the order of their ids; those that are not files are somebody else's.
