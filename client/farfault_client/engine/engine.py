@@ -38,7 +38,7 @@ NEIGHBOUR_RUNS_MAX: Final = 1024
 LONE_BYTES_MAX: Final = 64 << 10
 """A larger page takes so long on its way that what its fault costs does not matter."""
 LONE_AT_ONCE_MAX: Final = 64
-"""Lone faults that the engine is told of together."""
+"""Lone faults that are requested before the engine is told of the first: TAKEN_MAX of `client/native/lone_faults.c`."""
 REFUSAL_PAUSE_S: Final = 0.05
 """The background lane rests this long after a refusal, so that a refusing server is not hammered."""
 

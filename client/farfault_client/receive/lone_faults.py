@@ -17,20 +17,19 @@ from farfault_shim.layout import Layout, PageIndex
 from farfault_shim.uffd.userfaultfd import Fault, Removed, Userfaultfd, parse_events
 
 from farfault_client.bulk.shared_pages import SharedPages
+from farfault_client.engine.engine import LONE_AT_ONCE_MAX
 from farfault_client.engine.states import ABSENT_BYTE, STATE_SHIFT, PageState, Priority
 from farfault_client.session.answers import LonePage
 
 LIBRARY: Final = Path(__file__).parent.parent / "_native" / "libfarfault_lone_faults.so"
-TAKEN_MAX: Final = 64
-"""Faults that are requested in one go."""
 _FRAME_BYTES_MAX: Final = 64
 _EVENTS_BYTES: Final = 1024 * 32
 _CONFIG: Final = struct.Struct("<QQqqqQQQQQ")
 _REGION: Final = struct.Struct("<5Q")
 _TAKEN: Final = struct.Struct("<4Q")
 _FAULTS_AT: Final = _TAKEN.size
-_FRAMES_AT: Final = _FAULTS_AT + TAKEN_MAX * 16
-_EVENTS_AT: Final = _FRAMES_AT + TAKEN_MAX * _FRAME_BYTES_MAX
+_FRAMES_AT: Final = _FAULTS_AT + LONE_AT_ONCE_MAX * 16
+_EVENTS_AT: Final = _FRAMES_AT + LONE_AT_ONCE_MAX * _FRAME_BYTES_MAX
 _FAULT: Final = struct.Struct("<QQ")
 _CAME: Final = struct.Struct("<6Q")
 
